@@ -2,5 +2,6 @@
 
 pub mod error;
 pub mod pg;
+pub mod progress;
 
 pub use error::{Error, ErrorKind, Result};
