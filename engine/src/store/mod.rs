@@ -1,0 +1,64 @@
+//! Bytes under names.
+//!
+//! A store knows neither PostgreSQL nor backups. It keeps immutable objects: [`Store::put_new`] makes one that did not
+//! exist, whole and durable, or fails and leaves nothing under that name; nothing ever changes one. That is what lets a
+//! manifest be the only commit point, and what makes object-lock storage work.
+//!
+//! Why five methods: each is one every object store and file system has. There is no rename, no append, no lock.
+//!
+//! What goes wrong: a name that is taken ([`ErrorKind::Conflict`](crate::ErrorKind)), an object that is not there (`Missing`), a
+//! store out of reach or full (`Unavailable`), an object shorter than a reader was told (`Corrupt`). Every driver passes
+//! the same conformance suite.
+
+mod local;
+mod memory;
+mod name;
+
+#[cfg(test)]
+mod conformance;
+
+use std::fmt;
+use std::io::BufRead;
+
+pub use local::LocalStore;
+pub use memory::MemoryStore;
+pub use name::ObjectName;
+
+use crate::error::Result;
+
+/// One object of a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObjectInfo {
+    /// Its name.
+    pub name: ObjectName,
+    /// Its length in bytes.
+    pub len: u64,
+}
+
+/// A place that keeps immutable objects under names.
+pub trait Store: Send + Sync + fmt::Debug {
+    /// Makes an object of everything that `content` yields and returns its length; the object is durable on return.
+    ///
+    /// # Errors
+    /// `Conflict` if the name is taken (the object there is untouched). On any error nothing is under the name that was not
+    /// there before.
+    fn put_new(&self, name: &ObjectName, content: &mut dyn BufRead) -> Result<u64>;
+
+    /// The whole object.
+    ///
+    /// # Errors
+    /// `Missing` if there is none; `Unsupported` if it is longer than `max_len`.
+    fn get(&self, name: &ObjectName, max_len: u64) -> Result<Vec<u8>>;
+
+    /// Fills `buffer` with the object's bytes from `offset`.
+    ///
+    /// # Errors
+    /// `Missing` if there is none; `Corrupt` if it ends before the buffer is full.
+    fn get_range(&self, name: &ObjectName, offset: u64, buffer: &mut [u8]) -> Result<()>;
+
+    /// All objects whose names begin with `prefix`, in the order of their names.
+    fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>>;
+
+    /// Removes an object; it is no error if there is none.
+    fn delete(&self, name: &ObjectName) -> Result<()>;
+}
