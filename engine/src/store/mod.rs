@@ -23,6 +23,7 @@ use std::io::BufRead;
 pub use local::LocalStore;
 pub use memory::MemoryStore;
 pub use name::ObjectName;
+pub(crate) use name::is_component;
 
 use crate::error::Result;
 

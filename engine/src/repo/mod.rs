@@ -1,0 +1,320 @@
+#![doc = include_str!("format.md")]
+
+mod catalog;
+mod layer;
+mod manifest;
+mod names;
+mod pack;
+mod table;
+
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+pub use catalog::{BackupSummary, Catalog};
+pub use layer::{ChunkRef, DataPack, Extent, Layer, LayerBuilder, Locations, PART_BLOCKS};
+pub(crate) use layer::{decode_fingerprints, encode_fingerprints};
+pub use manifest::{BackupType, ByteString, CorruptPage, Manifest, Setting, TablespaceLocation};
+pub use names::{BackupId, ClusterName, PackKind, PackName};
+pub use pack::{PackInfo, Packer, Place};
+pub(crate) use pack::{RECORD_CHECK_LEN, check_pack, read_record};
+pub use table::{FileEntry, FileKind, LayerPlace, PagePlace, PartMap, TablePage, TableWriter, read_page};
+
+use crate::chunk::hex;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{LocalStore, ObjectName, Store};
+
+/// The format that this program writes, and the newest that it reads.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// Bytes of a metadata record at most, decompressed.
+const MAX_DECODED_LEN: u64 = 128 << 20;
+/// The level at which metadata is compressed.
+const METADATA_LEVEL: i32 = 3;
+
+/// An opened repository.
+#[derive(Clone, Debug)]
+pub struct Repository {
+    store: Arc<dyn Store>,
+    id: String,
+    place: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Header {
+    pgstrata_repository: u32,
+    #[serde(default)]
+    id: String,
+    #[serde(default)]
+    created: Option<Timestamp>,
+}
+
+impl Repository {
+    /// Makes a repository in a directory that is empty or does not exist.
+    ///
+    /// # Errors
+    /// `Conflict` if there is one already; `Invalid` if something else is in the directory.
+    pub fn init(path: &Path) -> Result<Self> {
+        if path.join(names::REPOSITORY).exists() {
+            let what = format!("{} is a repository already", path.display());
+            return Err(Error::new(ErrorKind::Conflict, what));
+        }
+        let occupied = fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some());
+        if occupied {
+            let what = format!("{} is not empty and not a repository", path.display());
+            return Err(Error::invalid(what).hint("name a directory that is empty or does not exist yet"));
+        }
+        Self::init_in(Arc::new(LocalStore::create(path)?), path.display().to_string())
+    }
+
+    /// Makes a repository in a store.
+    ///
+    /// # Errors
+    /// `Conflict` if there is one already.
+    pub fn init_in(store: Arc<dyn Store>, place: String) -> Result<Self> {
+        let mut random = [0; 16];
+        getrandom::fill(&mut random).map_err(|e| Error::new(ErrorKind::Unavailable, format!("no randomness: {e}")))?;
+        let id = hex(&random);
+        let created = Some(Timestamp::now());
+        let header = Header { pgstrata_repository: FORMAT_VERSION, id: id.clone(), created };
+        let line = serde_json::to_string(&header).map_err(|e| Error::bug("cannot encode a header").because(e))?;
+        let text = format!("{line}\n{}\n", blake3::hash(line.as_bytes()).to_hex());
+        store.put_new(&ObjectName::new(names::REPOSITORY)?, &mut text.as_bytes())?;
+        Ok(Self { store, id, place })
+    }
+
+    /// Opens the repository in a directory.
+    ///
+    /// # Errors
+    /// `Missing` if there is none, `Corrupt` if its header is damaged, `Unsupported` if it is of a newer format.
+    pub fn open(path: &Path) -> Result<Self> {
+        let hint =
+            "create it with `pgstrata init --repo ...`, or with the first backup: `pgstrata backup --init --repo ...`";
+        let none = |what: String| Error::new(ErrorKind::Missing, what).hint(hint);
+        let store = match LocalStore::open(path) {
+            Ok(store) => store,
+            Err(e) if e.kind() == ErrorKind::Missing => {
+                return Err(none(format!("there is no repository at {}", path.display())));
+            }
+            Err(e) => return Err(e),
+        };
+        match Self::open_in(Arc::new(store), path.display().to_string()) {
+            Err(e) if e.kind() == ErrorKind::Missing => Err(none(format!("{} is not a repository", path.display()))),
+            opened => opened,
+        }
+    }
+
+    /// Opens the repository in a store.
+    ///
+    /// # Errors
+    /// As [`Repository::open`].
+    pub fn open_in(store: Arc<dyn Store>, place: String) -> Result<Self> {
+        let bytes = store.get(&ObjectName::new(names::REPOSITORY)?, 64 << 10)?;
+        let damaged = |what: &str| Error::corrupt(names::REPOSITORY, format!("{place}: {what}"));
+        let text = std::str::from_utf8(&bytes).map_err(|_| damaged("the header is damaged: it is not text"))?;
+        let (line, check) = text.split_once('\n').ok_or_else(|| damaged("the header is damaged: it has one line"))?;
+        let sound = check.strip_suffix('\n') == Some(blake3::hash(line.as_bytes()).to_hex().as_str());
+        if !sound {
+            return Err(damaged("the header does not match its checksum"));
+        }
+        let header: Header = serde_json::from_str(line).map_err(|e| damaged("the header is damaged").because(e))?;
+        if header.pgstrata_repository != FORMAT_VERSION {
+            let found = header.pgstrata_repository;
+            let what = format!("{place} has format {found}; this program reads format {FORMAT_VERSION}");
+            return Err(Error::new(ErrorKind::Unsupported, what).hint("use a newer pgstrata; nothing was changed"));
+        }
+        Ok(Self { store, id: header.id, place })
+    }
+
+    /// Opens the repository in a directory, or makes it if there is none.
+    ///
+    /// # Errors
+    /// As [`Repository::open`] and [`Repository::init`].
+    pub fn open_or_init(path: &Path) -> Result<Self> {
+        match Self::open(path) {
+            Err(e) if e.kind() == ErrorKind::Missing => Self::init(path),
+            opened => opened,
+        }
+    }
+
+    /// Where the objects are.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    /// The repository's identity, which every manifest repeats.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Where the repository is, for people.
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    /// Reads the manifests of a cluster.
+    ///
+    /// # Errors
+    /// When the store cannot list; damaged manifests are in the catalog.
+    pub fn catalog(&self, cluster: &ClusterName) -> Result<Catalog> {
+        Catalog::read(self, cluster)
+    }
+
+    /// Reads one manifest.
+    ///
+    /// # Errors
+    /// `Missing`, `Corrupt`, or `Unsupported`.
+    pub fn manifest(&self, cluster: &ClusterName, id: BackupId) -> Result<Manifest> {
+        Manifest::read(self, cluster, id).map(|(manifest, _)| manifest)
+    }
+
+    /// Commits a backup: stores its manifest and returns its length.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn commit(&self, manifest: &Manifest) -> Result<u64> {
+        let object = names::manifest(&manifest.cluster, manifest.id)?;
+        let bytes = manifest.encode(&object)?;
+        self.store.put_new(&object, &mut bytes.as_slice())
+    }
+
+    /// The packs of a cluster that are in the store, with their lengths.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub fn packs(&self, cluster: &ClusterName) -> Result<std::collections::HashMap<ObjectName, u64>> {
+        let objects = self.store.list(&names::packs(cluster))?;
+        Ok(objects.into_iter().map(|object| (object.name, object.len)).collect())
+    }
+
+    /// Flattens the block map of a part into one complete layer.
+    ///
+    /// # Errors
+    /// `Missing` or `Corrupt`, with the object; also if the map leaves a block out.
+    pub fn flatten(&self, manifest: &Manifest, part: &PartMap, depth: Depth) -> Result<Layer> {
+        let mut flat: Option<Layer> = None;
+        for place in &part.layers {
+            let layer = self.read_layer(manifest, place, depth)?;
+            flat = Some(match flat {
+                Some(newer) => newer.over(&layer),
+                None => layer,
+            });
+        }
+        let flat = flat.filter(Layer::is_complete);
+        flat.ok_or_else(|| Error::corrupt(manifest.id.to_string(), "a block map leaves blocks out"))
+    }
+
+    /// Reads one layer of a block map.
+    ///
+    /// # Errors
+    /// `Missing` or `Corrupt`, with the object.
+    pub fn read_layer(&self, manifest: &Manifest, place: &LayerPlace, depth: Depth) -> Result<Layer> {
+        let object = place.pack.object(&manifest.cluster)?;
+        let at = format!("{object} at {}", place.offset);
+        let body = read_record(&*self.store, &object, place.offset, place.locations_len)?;
+        let locations = Locations::decode(&body, manifest.block_len(), &at)?;
+        let mut fingerprints = Vec::new();
+        if depth == Depth::Fingerprints && place.fingerprints_len > 0 {
+            let offset = place.offset + u64::from(place.locations_len);
+            let body = read_record(&*self.store, &object, offset, place.fingerprints_len)?;
+            fingerprints = decode_fingerprints(&body, locations.stored_blocks(), &at)?;
+        }
+        Ok(Layer { locations, fingerprints })
+    }
+}
+
+/// How much of a block map to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// Where the blocks are.
+    Locations,
+    /// Their fingerprints, too.
+    Fingerprints,
+}
+
+/// Encodes a metadata record's body: postcard in a zstd frame.
+fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
+    let plain = postcard::to_stdvec(value).map_err(|e| Error::bug("cannot encode metadata").because(e))?;
+    zstd::bulk::compress(&plain, METADATA_LEVEL).map_err(|e| Error::bug("cannot compress metadata").because(e))
+}
+
+/// Decodes what [`encode`] made.
+fn decode<T: DeserializeOwned>(body: &[u8], place: &str) -> Result<T> {
+    let plain = decompress(body, place)?;
+    match postcard::take_from_bytes(&plain) {
+        Ok((value, [])) => Ok(value),
+        Ok(_) => Err(Error::corrupt(place, "the metadata record has bytes to spare")),
+        Err(e) => Err(Error::corrupt(place, "the metadata record does not decode").because(e)),
+    }
+}
+
+/// Decompresses metadata, up to [`MAX_DECODED_LEN`].
+fn decompress(body: &[u8], place: &str) -> Result<Vec<u8>> {
+    let damaged = |e| Error::corrupt(place, "the metadata does not decompress").because(e);
+    let mut plain = Vec::new();
+    let decoder = zstd::stream::read::Decoder::with_buffer(body).map_err(damaged)?;
+    decoder.take(MAX_DECODED_LEN + 1).read_to_end(&mut plain).map_err(damaged)?;
+    if plain.len() as u64 > MAX_DECODED_LEN {
+        return Err(Error::corrupt(place, format!("the metadata has more than {MAX_DECODED_LEN} bytes")));
+    }
+    Ok(plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::MemoryStore;
+
+    #[test]
+    fn a_directory_with_something_else_in_it_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("precious"), "x").unwrap();
+        assert_eq!(Repository::init(directory.path()).unwrap_err().kind(), ErrorKind::Invalid);
+        assert_eq!(Repository::open(directory.path()).unwrap_err().kind(), ErrorKind::Missing);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_repository_is_made_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a/b");
+        let made = Repository::open_or_init(&path).unwrap();
+        assert_eq!(Repository::open_or_init(&path).unwrap().id(), made.id());
+        assert_eq!(Repository::init(&path).unwrap_err().kind(), ErrorKind::Conflict);
+    }
+
+    #[test]
+    fn every_flipped_byte_of_the_header_is_found() {
+        let store = MemoryStore::new();
+        Repository::init_in(Arc::new(store.clone()), String::new()).unwrap();
+        let name = ObjectName::new("repository").unwrap();
+        let bytes = store.get(&name, 1000).unwrap();
+        for at in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 1;
+            store.tamper(&name, Some(damaged));
+            let kind = Repository::open_in(Arc::new(store.clone()), String::new()).unwrap_err().kind();
+            assert_eq!(kind, ErrorKind::Corrupt, "byte {at}");
+        }
+    }
+
+    #[test]
+    fn a_newer_format_is_refused_as_such() {
+        let store = MemoryStore::new();
+        let line = r#"{"pgstrata_repository":2,"something":"new"}"#;
+        let text = format!("{line}\n{}\n", blake3::hash(line.as_bytes()).to_hex());
+        store.tamper(&ObjectName::new("repository").unwrap(), Some(text.into_bytes()));
+        assert_eq!(Repository::open_in(Arc::new(store), String::new()).unwrap_err().kind(), ErrorKind::Unsupported);
+    }
+
+    #[test]
+    fn a_decompression_bomb_is_refused() {
+        let bomb = zstd::bulk::compress(&vec![0; MAX_DECODED_LEN as usize + 1], 1).unwrap();
+        assert_eq!(decompress(&bomb, "here").unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+}
