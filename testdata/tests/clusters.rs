@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use pgstrata_testdata::cluster::{Cluster, ClusterOptions, StopMode, succeed};
+use pgstrata_testdata::load::{self, Load};
 use pgstrata_testdata::servers::{Cache, Installation};
 
 /// The server of `major` and the client tools; `None`, said aloud, where they cannot be had.
@@ -65,4 +66,27 @@ fn a_server_that_cannot_start_says_why() {
     let failure = Cluster::create(&server, &tools, &ClusterOptions::default().conf("work_mem = 'much'"));
     let message = failure.err().unwrap().to_string();
     assert!(message.contains("invalid value for parameter \"work_mem\""), "{message}");
+}
+
+#[test]
+fn a_load_commits_pauses_and_leaves_a_checkable_state() {
+    let Some((server, tools)) = installations(18) else { return };
+    let mut cluster = Cluster::create(&server, &tools, &ClusterOptions::default()).unwrap();
+    Load::prepare(&cluster, 3).unwrap();
+    let load = Load::start(&cluster, 1).unwrap();
+    load.wait_for_commits(300).unwrap();
+    let before = load.committed();
+    load.pause().unwrap();
+    let paused = load.committed();
+    assert_eq!(load::check(&cluster).unwrap(), paused);
+    assert!(paused.at_least(&before));
+    load.resume();
+    load.wait_for_commits(300).unwrap();
+    let after = load.stop().unwrap();
+    assert!(after.total() >= paused.total() + 300 && !paused.at_least(&after));
+    cluster.restart(StopMode::Immediate).unwrap();
+    assert_eq!(load::check(&cluster).unwrap(), after);
+
+    cluster.sql(load::DATABASE, "UPDATE account SET balance = balance + 1 WHERE id = 7").unwrap();
+    assert!(load::check(&cluster).unwrap_err().to_string().contains("balances"));
 }
