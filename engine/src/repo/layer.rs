@@ -84,6 +84,8 @@ impl Extent {
 pub struct Locations {
     /// Length of the part, in blocks, when the layer was written.
     pub block_count: u32,
+    /// Blocks from here on are not looked up in older layers; at most `block_count`.
+    pub limit: u32,
     /// The packs that hold the chunks.
     pub packs: Vec<DataPack>,
     /// The chunks that hold the blocks.
@@ -114,8 +116,8 @@ impl Locations {
     }
 
     fn check(&self, block_len: usize) -> std::result::Result<(), String> {
-        if self.block_count > PART_BLOCKS {
-            return Err(format!("{} blocks in a part", self.block_count));
+        if self.block_count > PART_BLOCKS || self.limit > self.block_count {
+            return Err(format!("{} blocks in a part, limit {}", self.block_count, self.limit));
         }
         for chunk in &self.chunks {
             let raw_len = Shape { block_len, block_count: usize::from(chunk.block_count) }.raw_len();
@@ -200,6 +202,7 @@ impl Layer {
         pieces.extend(self.locations.extents.iter().copied().enumerate().map(|(index, extent)| (0, index, extent)));
         pieces.sort_unstable_by_key(|(_, _, extent)| extent.start);
         let mut builder = LayerBuilder::new(self.locations.block_count);
+        builder.layer.locations.limit = self.locations.limit.min(older.locations.limit);
         for (which, index, extent) in pieces {
             sources[which].copy(index, extent, &mut builder);
         }
@@ -212,7 +215,7 @@ fn visible(older: &[Extent], newer: &Locations) -> Vec<(usize, Extent)> {
     let mut pieces = Vec::with_capacity(older.len());
     let mut hiding = newer.extents.iter().peekable();
     for (index, extent) in older.iter().enumerate() {
-        let end = extent.end().min(newer.block_count);
+        let end = extent.end().min(newer.limit);
         let mut at = extent.start;
         while at < end {
             while hiding.next_if(|hider| hider.end() <= at).is_some() {}
@@ -274,7 +277,7 @@ pub struct LayerBuilder {
 impl LayerBuilder {
     /// A layer of a part of `block_count` blocks.
     pub fn new(block_count: u32) -> Self {
-        let locations = Locations { block_count, ..Locations::default() };
+        let locations = Locations { block_count, limit: block_count, ..Locations::default() };
         Self { layer: Layer { locations, fingerprints: Vec::new() }, packs: HashMap::new() }
     }
 
@@ -445,9 +448,10 @@ mod tests {
             change(&mut bad);
             Locations::decode(&bad.encode().unwrap(), 8192, "here").unwrap_err().kind()
         };
-        let changes: [fn(&mut Locations); 8] = [
-            |l| l.block_count = 5,
+        let changes: [fn(&mut Locations); 9] = [
+            |l| (l.block_count, l.limit) = (5, 5),
             |l| l.block_count = PART_BLOCKS + 1,
+            |l| l.limit = 7,
             |l| l.extents[0].count = 0,
             |l| l.extents[0].source = 9,
             |l| l.extents[1].first = 1,
