@@ -14,8 +14,8 @@
 //! `src/backend/access/transam/xlogrecovery.c`, `XLogFileReadAnyTLI`; `xlog.c`, `StartupXLOG` for Y < X.
 
 use super::bytes::canonical_decimal;
-use super::{Lsn, TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
-use crate::error::{Error, Result};
+use super::{Lsn, TimelineId, WalRange, WalSegmentName, WalSegmentNumber, WalSegmentSize};
+use crate::error::{Error, ErrorKind, Result};
 
 /// The part of the log that belongs to one timeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +100,27 @@ impl TimelineHistory {
     /// The file to read for a segment.
     pub fn segment_name(&self, segment: WalSegmentNumber, size: WalSegmentSize) -> WalSegmentName {
         WalSegmentName { timeline: self.timeline_of_segment(segment, size), segment }
+    }
+
+    /// The parts of the log from `start` on `start_timeline` to `stop`, newest timeline first, as a
+    /// backup_manifest lists them.
+    ///
+    /// PostgreSQL: `src/backend/backup/backup_manifest.c`, `AddWALInfoToBackupManifest`.
+    ///
+    /// # Errors
+    /// Conflict: the start is not part of this history.
+    pub fn wal_ranges(&self, start_timeline: TimelineId, start: Lsn, stop: Lsn) -> Result<Vec<WalRange>> {
+        if !self.contains(start_timeline, start) {
+            let what = format!("{start} on timeline {start_timeline} is not in the history of {}", self.timeline());
+            return Err(Error::new(ErrorKind::Conflict, what));
+        }
+        let spans = self.spans.iter().rev().take_while(|span| span.timeline >= start_timeline);
+        let ranges = spans.map(|span| WalRange {
+            timeline: span.timeline,
+            start: if span.timeline == start_timeline { start } else { span.begin },
+            end: span.end.map_or(stop, |end| end.min(stop)),
+        });
+        Ok(ranges.filter(|range| range.start < range.end).collect())
     }
 
     fn span(&self, timeline: TimelineId) -> Option<&TimelineSpan> {
@@ -204,6 +225,20 @@ mod tests {
         let timelines =
             [0x20000FF, 0x2000100, 0x20001FF, 0x2000200].map(|lsn| history.timeline_of(Lsn::new(lsn)).as_u32());
         assert_eq!(timelines, [1, 10, 10, 11]);
+    }
+
+    #[test]
+    fn the_wal_of_a_backup_across_a_promotion_is_listed_newest_first() {
+        let history = parse(3, "1\t0/200\n2\t0/300\n").unwrap();
+        let ranges = |tli, start, stop| {
+            let ranges = history.wal_ranges(TimelineId::new(tli), Lsn::new(start), Lsn::new(stop)).unwrap();
+            ranges.iter().map(|range| format!("{} {}-{}", range.timeline, range.start, range.end)).collect::<Vec<_>>()
+        };
+        assert_eq!(ranges(1, 0x100, 0x400), ["3 0/300-0/400", "2 0/200-0/300", "1 0/100-0/200"]);
+        assert_eq!(ranges(1, 0x100, 0x180), ["1 0/100-0/180"]);
+        assert_eq!(ranges(3, 0x310, 0x320), ["3 0/310-0/320"]);
+        let error = history.wal_ranges(TimelineId::new(1), Lsn::new(0x201), Lsn::new(0x400)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Conflict);
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod control;
 mod history;
 mod lsn;
 mod page;
+mod pg_manifest;
 mod relation;
 mod relmap;
 mod wal;
@@ -15,6 +16,7 @@ pub use control::{CatalogVersion, ClusterState, ControlFile, MajorVersion, Syste
 pub use history::{TimelineHistory, TimelineSpan, history_file_name, parse_history_file_name};
 pub use lsn::{Lsn, ParseLsnError, TimelineId};
 pub use page::{BlockSize, PageCheck, PageFault, check_page, checksum, is_zero, page_lsn};
+pub use pg_manifest::{PgBackupManifest, PgFileChecksum, PgManifestFile, PgManifestWriter, WalRange};
 pub use relation::{
     BlockNumber, BlocksPerSegment, DatabaseOid, ForkNumber, RelFileLocator, RelFileNumber, RelationFile, SegmentNumber,
     TablespaceOid, is_temp_relation_file_name, parse_relation_file_name,
