@@ -120,8 +120,19 @@ pub struct TablespaceLocation {
 pub struct Setting {
     /// Its name.
     pub name: String,
-    /// Its value, as in `postgresql.conf`.
-    pub value: String,
+    /// Its value, as in `postgresql.conf` but without quotes.
+    pub value: ByteString,
+}
+
+/// WAL of one timeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WalSpan {
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// Where it begins.
+    pub start: Lsn,
+    /// Where it ends.
+    pub end: Lsn,
 }
 
 /// Everything about one backup but its file table and its data.
@@ -164,6 +175,8 @@ pub struct Manifest {
     pub start_timeline: TimelineId,
     /// The timeline of `stop_lsn`.
     pub timeline: TimelineId,
+    /// The WAL that the backup holds, from `start_lsn` to `stop_lsn`, by timelines.
+    pub wal: Vec<WalSpan>,
     /// When the backup began, by the clock of the host.
     pub start_time: Timestamp,
     /// When it was consistent.
@@ -381,6 +394,7 @@ pub(super) mod tests {
             stop_lsn: Lsn::new(0x2000120),
             start_timeline: TimelineId::new(1),
             timeline: TimelineId::new(1),
+            wal: Vec::new(),
             start_time: Timestamp::UNIX_EPOCH,
             stop_time: Timestamp::UNIX_EPOCH,
             from_standby: false,

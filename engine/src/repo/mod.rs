@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub use catalog::{BackupSummary, Catalog};
 pub use layer::{ChunkRef, DataPack, Extent, Layer, LayerBuilder, Locations, PART_BLOCKS};
 pub(crate) use layer::{decode_fingerprints, encode_fingerprints};
-pub use manifest::{BackupType, ByteString, CorruptPage, Manifest, Setting, TablespaceLocation};
+pub use manifest::{BackupType, ByteString, CorruptPage, Manifest, Setting, TablespaceLocation, WalSpan};
 pub use names::{BackupId, ClusterName, PackKind, PackName};
 pub use pack::{PackInfo, Packer, Place};
 pub(crate) use pack::{RECORD_CHECK_LEN, check_pack, read_record};

@@ -10,7 +10,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, Read};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -102,24 +102,37 @@ impl Packer {
     /// # Errors
     /// What the store says.
     pub fn append(&self, record: Vec<u8>) -> Result<Place> {
-        self.append_with(|_, _| Ok(record))
+        let mut state = self.lock();
+        self.make_room(&mut state)?;
+        state.append(|_, _| record)
     }
 
-    /// Appends a metadata record and its checksum; the record's length grows by [`RECORD_CHECK_LEN`].
+    /// Appends metadata records, one right after the other in the same pack, and returns the place of the first; each grows by its
+    /// checksum of [`RECORD_CHECK_LEN`].
     ///
     /// # Errors
-    /// What the store says.
-    pub fn append_checked(&self, mut body: Vec<u8>) -> Result<Place> {
-        self.append_with(|object, offset| {
-            let check = record_check(object, offset, &body);
-            body.extend_from_slice(&check);
-            Ok(body)
-        })
+    /// What the store says; `Bug` if there are no records.
+    pub fn append_checked(&self, bodies: Vec<Vec<u8>>) -> Result<Place> {
+        let mut state = self.lock();
+        self.make_room(&mut state)?;
+        let mut first = None;
+        for mut body in bodies {
+            let place = state.append(|object, offset| {
+                let check = record_check(object, offset, &body);
+                body.extend_from_slice(&check);
+                body
+            })?;
+            first.get_or_insert(place);
+        }
+        first.ok_or_else(|| Error::bug("no records to append"))
     }
 
-    fn append_with(&self, record: impl FnOnce(&ObjectName, u64) -> Result<Vec<u8>>) -> Result<Place> {
-        let mut guard = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let state = &mut *guard;
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sees to it that a pack with room is open.
+    fn make_room(&self, state: &mut State) -> Result<()> {
         if state.open.as_ref().is_some_and(|pack| pack.offset >= PACK_LEN) {
             state.close_pack()?;
         }
@@ -127,18 +140,7 @@ impl Packer {
             state.open = Some(self.open_pack(state.next_seq)?);
             state.next_seq += 1;
         }
-        let Some(pack) = &mut state.open else { return Err(Error::bug("no open pack")) };
-        let place = Place { pack: pack.writer.name, offset: pack.offset };
-        let record = record(&pack.object, pack.offset)?;
-        let len = u32::try_from(record.len()).map_err(|_| Error::bug("a record of 4 GiB or more"))?;
-        pack.table.extend_from_slice(&len.to_le_bytes());
-        pack.table.extend_from_slice(&hash16(&record));
-        pack.count += 1;
-        pack.offset += u64::from(len);
-        if pack.sender.send(Message::Bytes(record)).is_err() {
-            return Err(state.why_the_writer_stopped());
-        }
-        Ok(place)
+        Ok(())
     }
 
     fn open_pack(&self, seq: u32) -> Result<OpenPack> {
@@ -172,6 +174,21 @@ impl Packer {
 }
 
 impl State {
+    fn append(&mut self, record: impl FnOnce(&ObjectName, u64) -> Vec<u8>) -> Result<Place> {
+        let Some(pack) = &mut self.open else { return Err(Error::bug("no open pack")) };
+        let place = Place { pack: pack.writer.name, offset: pack.offset };
+        let record = record(&pack.object, pack.offset);
+        let len = u32::try_from(record.len()).map_err(|_| Error::bug("a record of 4 GiB or more"))?;
+        pack.table.extend_from_slice(&len.to_le_bytes());
+        pack.table.extend_from_slice(&hash16(&record));
+        pack.count += 1;
+        pack.offset += u64::from(len);
+        if pack.sender.send(Message::Bytes(record)).is_err() {
+            return Err(self.why_the_writer_stopped());
+        }
+        Ok(place)
+    }
+
     fn close_pack(&mut self) -> Result<()> {
         let Some(pack) = self.open.take() else { return Ok(()) };
         let kind = pack.writer.name.kind;
@@ -369,7 +386,7 @@ mod tests {
         let cluster = ClusterName::default();
         let packer = Packer::new(Arc::new(store.clone()), cluster.clone(), id(), PackKind::Map);
         for record in records {
-            packer.append_checked(record.to_vec()).unwrap();
+            packer.append_checked(vec![record.to_vec()]).unwrap();
         }
         let packs = packer.finish().unwrap();
         assert_eq!(packs.len(), 1);
@@ -389,8 +406,8 @@ mod tests {
     fn records_read_back_from_the_places_they_were_given() {
         let store = MemoryStore::new();
         let packer = Packer::new(Arc::new(store.clone()), ClusterName::default(), id(), PackKind::Map);
-        let first = packer.append_checked(b"one".to_vec()).unwrap();
-        let second = packer.append_checked(b"second".to_vec()).unwrap();
+        let first = packer.append_checked(vec![b"one".to_vec()]).unwrap();
+        let second = packer.append_checked(vec![b"second".to_vec()]).unwrap();
         packer.finish().unwrap();
         let object = first.pack.object(&ClusterName::default()).unwrap();
         assert_eq!(read_record(&store, &object, first.offset, 19).unwrap(), b"one");

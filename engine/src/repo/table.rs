@@ -304,7 +304,7 @@ impl<'a> TableWriter<'a> {
             Some(page) => page.clone(),
             None => {
                 let len = u32::try_from(body.len() + RECORD_CHECK_LEN).map_err(|_| Error::bug("a page of 4 GiB"))?;
-                let place = self.packer.append_checked(body)?;
+                let place = self.packer.append_checked(vec![body])?;
                 PagePlace { place, len, id, entries: entries.len() as u32 }
             }
         };

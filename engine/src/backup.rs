@@ -1,0 +1,748 @@
+//! `backup`: from a running or stopped cluster to one more backup in the repository.
+//!
+//! ```text
+//! plan      open the server and the data directory, see that they belong together, choose the parent
+//! start     pg_backup_start; a temporary slot keeps the WAL
+//! list      only now: what appears later is in the WAL
+//! copy      every file but pg_control, compared with the parent (backup/copy.rs)
+//! control   pg_control, last
+//! stop      pg_backup_stop; its backup_label and tablespace_map are part of the backup
+//! WAL       from start to stop, out of pg_wal (backup/wal.rs), proved record by record
+//! commit    the file table, then the manifest: now it is a backup
+//! ```
+//!
+//! A backup that fails anywhere is no backup: its packs are litter that no manifest names. The server's side ends with the
+//! session: closing the connection ends backup mode and drops the slot.
+//!
+//! What goes wrong, and who notices: the session breaks (each worker asks before each slice; `pg_backup_stop` at the latest), the standby is
+//! promoted (`pg_backup_stop`), pages are damaged (`backup/judge.rs`), the parent's packs are not all there (the plan; then a full
+//! backup is made, and said so), the parent's metadata is damaged (the copy; the backup fails).
+
+mod copy;
+mod judge;
+mod part;
+mod rate;
+mod wal;
+
+use std::fmt;
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use self::copy::{Content, Copier, Item, Totals};
+use self::judge::{Judge, Suspect};
+use self::part::Stack;
+use self::rate::RateLimit;
+use self::wal::WalRange;
+pub use crate::chunk::Compression;
+use crate::error::{Error, ErrorKind, Result};
+use crate::pg::{BackupLabel, ClusterState, ControlFile, Lsn, RelationFile, TimelineId};
+use crate::progress::{Phase, Progress};
+use crate::repo::{
+    BackupId, BackupSummary, BackupType, ByteString, Catalog, ClusterName, CorruptPage, FORMAT_VERSION, FileEntry, FileKind,
+    Manifest, PackInfo, PackKind, PackName, Packer, PagePlace, Repository, Setting, TableWriter, TablespaceLocation, read_page,
+};
+use crate::source::{DataDir, Entry, EntryKind, Environment, Listing, Session};
+
+/// How long the server may take to write the WAL of the backup's end to disk.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(60);
+/// Damaged pages that are listed at most; the first ones tell which disk it is.
+const MAX_CORRUPT_PAGES: usize = 10_000;
+
+/// What to compare with.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ParentChoice {
+    /// The newest backup of the cluster; a full backup if there is none.
+    #[default]
+    Automatic,
+    /// Nothing: store everything.
+    Full,
+    /// The newest full backup.
+    Differential,
+    /// This one.
+    Named(String),
+}
+
+/// Which detector tells what may have changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DetectorChoice {
+    /// The cheapest that is provably complete.
+    #[default]
+    Auto,
+    /// Reading everything.
+    Scan,
+    /// WAL records.
+    Wal,
+    /// WAL summaries.
+    Summary,
+}
+
+impl FromStr for DetectorChoice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "scan" => Ok(Self::Scan),
+            "wal" => Ok(Self::Wal),
+            "summary" => Ok(Self::Summary),
+            _ => Err(Error::invalid(format!("{text:?} is not a detector")).hint("use auto, scan, wal or summary")),
+        }
+    }
+}
+
+/// What to back up and how.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// The cluster's name in the repository.
+    pub cluster: ClusterName,
+    /// The data directory; what the server says if it is not given.
+    pub data_dir: Option<PathBuf>,
+    /// How to reach the server, as for libpq; the environment and the data directory's `postmaster.pid` fill the gaps.
+    pub conninfo: Option<String>,
+    /// What to compare with.
+    pub parent: ParentChoice,
+    /// How to find what may have changed.
+    pub detector: DetectorChoice,
+    /// Whether to scan whatever the detector says.
+    pub audit: bool,
+    /// Whether the cluster is stopped.
+    pub offline: bool,
+    /// Number of workers; one for each processor if it is not given.
+    pub jobs: Option<NonZeroUsize>,
+    /// How to compress.
+    pub compression: Compression,
+    /// Bytes to read a second at most.
+    pub max_rate: Option<NonZeroU64>,
+    /// The user's own words.
+    pub note: Option<String>,
+}
+
+/// What a backup did.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// The backup.
+    #[serde(flatten)]
+    pub backup: BackupSummary,
+    /// How long it took.
+    pub seconds: f64,
+    /// Bytes read from the cluster.
+    pub bytes_read: u64,
+    /// Bytes written to the repository.
+    pub bytes_written: u64,
+    /// Damage in the repository that came to light, none of it in this backup.
+    pub repository_damage: Vec<String>,
+}
+
+/// What a backup is going to do.
+pub struct Plan<'r> {
+    repo: &'r Repository,
+    source: Source,
+    control: ControlFile,
+    parent: Option<Manifest>,
+    backup_type: BackupType,
+    detector_reason: String,
+    notices: Vec<String>,
+    repository_damage: Vec<String>,
+    options: Options,
+}
+
+/// Where the cluster's bytes come from.
+enum Source {
+    Live { session: Box<Session>, data_dir: DataDir },
+    Offline { data_dir: DataDir },
+}
+
+impl Source {
+    fn data_dir(&self) -> &DataDir {
+        match self {
+            Source::Live { data_dir, .. } | Source::Offline { data_dir } => data_dir,
+        }
+    }
+}
+
+impl fmt::Display for Plan<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let how = match &self.source {
+            Source::Live { session, .. } => format!("from PostgreSQL {}", session.server().version),
+            Source::Offline { .. } => "of a stopped cluster".to_owned(),
+        };
+        write!(f, "{} backup {how}, data directory {}", self.backup_type, self.source.data_dir().path().display())?;
+        match &self.parent {
+            Some(parent) => write!(f, "\n  compared with {} ({})", parent.id, parent.backup_type)?,
+            None => write!(f, "\n  compared with nothing: {}", self.detector_reason)?,
+        }
+        write!(f, "\n  stored in {} as cluster {}, {}", self.repo.place(), self.options.cluster, self.options.compression)
+    }
+}
+
+/// Opens what is to be backed up and decides what to compare it with.
+///
+/// # Errors
+/// Whatever makes the backup impossible; nothing was changed, here or on the server.
+pub fn plan<'r>(repo: &'r Repository, options: &Options) -> Result<Plan<'r>> {
+    if let DetectorChoice::Wal | DetectorChoice::Summary = options.detector {
+        let what = "this version finds changes by reading every page only";
+        return Err(Error::new(ErrorKind::Unsupported, what).hint("use --detect scan or auto"));
+    }
+    let source = open_source(options)?;
+    let data_dir = source.data_dir();
+    if data_dir.contains(Path::new(repo.place()))? {
+        let what = format!("the repository {} lies in the data directory that it would back up", repo.place());
+        return Err(Error::invalid(what).hint("put the repository on another disk"));
+    }
+    let (_, control) = data_dir.read_control()?;
+    if let Source::Offline { .. } = source {
+        must_be_stopped(data_dir, &control)?;
+    }
+    let catalog = repo.catalog(&options.cluster)?;
+    must_be_the_same_cluster(&catalog, &control)?;
+    let notices = catalog.damaged().iter().map(|(_, error)| format!("a backup cannot be read: {error}")).collect();
+    let repository_damage = catalog.damaged().iter().map(|(_, error)| error.to_string()).collect();
+    let mut plan = Plan {
+        repo,
+        source,
+        control,
+        parent: None,
+        backup_type: BackupType::Full,
+        detector_reason: String::new(),
+        notices,
+        repository_damage,
+        options: options.clone(),
+    };
+    plan.choose_parent(&catalog)?;
+    Ok(plan)
+}
+
+/// Makes a backup.
+///
+/// # Errors
+/// Whatever made it fail; then there is no new backup, and the old ones are untouched.
+pub fn run(repo: &Repository, options: &Options, progress: &dyn Progress) -> Result<Report> {
+    let begun = Instant::now();
+    let mut plan = plan(repo, options)?;
+    for notice in plan.notices.drain(..) {
+        progress.notice(&notice);
+    }
+    Run::new(plan, progress)?.execute(begun)
+}
+
+fn open_source(options: &Options) -> Result<Source> {
+    if options.offline {
+        let path = options.data_dir.as_deref().ok_or_else(|| {
+            Error::invalid("an offline backup needs the data directory").hint("give it with -D, or set PGDATA")
+        })?;
+        return Ok(Source::Offline { data_dir: DataDir::open(path)? });
+    }
+    let given = options.data_dir.as_deref().map(DataDir::open).transpose()?;
+    let path = given.as_ref().map(DataDir::path);
+    let session = Session::connect(options.conninfo.as_deref(), path, &Environment::from_process())?;
+    let data_dir = match given {
+        Some(data_dir) => data_dir,
+        None => DataDir::open(&session.server().data_directory)?,
+    };
+    must_belong_together(&session, &data_dir)?;
+    Ok(Source::Live { session: Box::new(session), data_dir })
+}
+
+/// A server that runs on another directory would tell us when to read one cluster and how to recover another.
+fn must_belong_together(session: &Session, data_dir: &DataDir) -> Result<()> {
+    let server = session.server();
+    let (_, control) = data_dir.read_control()?;
+    let (ours, theirs) = (control.system_identifier.as_u64(), server.system_identifier);
+    let here = data_dir.path().display();
+    let hint = "give the directory of the server that -d names, or reach the server of that directory with -d";
+    if ours != theirs {
+        let what = format!("{here} is the cluster {ours}, but the server at {} is the cluster {theirs}", session.endpoint());
+        return Err(Error::invalid(what).hint(hint));
+    }
+    if data_dir.is_same_directory(&server.data_directory)? {
+        return Ok(());
+    }
+    // The server may name its directory by a path that only it can see, as in a container; its start time tells then.
+    let started = server.postmaster_start_time.as_second();
+    let pid = data_dir.postmaster_pid()?.and_then(|pid| pid.start_time);
+    let unseen = !server.data_directory.exists();
+    if unseen && pid.is_some_and(|second| second.abs_diff(started) <= 1) {
+        return Ok(());
+    }
+    let theirs = server.data_directory.display();
+    let what = format!("the server at {} runs on {theirs}, not on {here}", session.endpoint());
+    Err(Error::invalid(what).hint(hint))
+}
+
+fn must_be_stopped(data_dir: &DataDir, control: &ControlFile) -> Result<()> {
+    let here = data_dir.path().display();
+    if data_dir.postmaster_pid()?.is_some_and(|pid| pid.is_alive()) {
+        let what = format!("a server runs on {here}");
+        return Err(Error::invalid(what).hint("stop it, or back it up while it runs: without --offline"));
+    }
+    match control.state {
+        ClusterState::ShutDown | ClusterState::ShutDownInRecovery => Ok(()),
+        state => {
+            let what = format!("the cluster in {here} was not stopped cleanly: pg_control says {state}");
+            Err(Error::invalid(what).hint("start it and stop it again, then back it up"))
+        }
+    }
+}
+
+fn must_be_the_same_cluster(catalog: &Catalog, control: &ControlFile) -> Result<()> {
+    let ours = control.system_identifier.to_string();
+    let Some(other) = catalog.backups().iter().find(|backup| backup.system_identifier != ours) else { return Ok(()) };
+    let name = &other.cluster;
+    let what = format!(
+        "the backups of {name:?} in this repository are of the cluster {}, this one is {ours}",
+        other.system_identifier,
+        name = name.to_string(),
+    );
+    Err(Error::new(ErrorKind::Conflict, what).hint("give this cluster a name of its own with --cluster, or use another repository"))
+}
+
+impl Plan<'_> {
+    fn choose_parent(&mut self, catalog: &Catalog) -> Result<()> {
+        let backups = catalog.backups();
+        let (chosen, otherwise) = match &self.options.parent {
+            ParentChoice::Full => (None, "a full backup was asked for"),
+            ParentChoice::Automatic => (backups.last().cloned(), "there is no earlier backup of this cluster"),
+            ParentChoice::Differential => {
+                let full = backups.iter().rfind(|backup| backup.backup_type.is_full());
+                (full.cloned(), "there is no full backup of this cluster")
+            }
+            ParentChoice::Named(spec) => (Some(catalog.select(spec)?), ""),
+        };
+        self.detector_reason = otherwise.to_owned();
+        let Some(chosen) = chosen else { return Ok(()) };
+        let parent = self.repo.manifest(&self.options.cluster, chosen.id)?;
+        if let Some(why) = self.unfit(&parent)? {
+            if self.options.parent != ParentChoice::Automatic {
+                let what = format!("{} cannot be compared with: {why}", parent.id);
+                return Err(Error::new(ErrorKind::Corrupt, what).hint("take a full backup: --full"));
+            }
+            self.notices.push(format!("taking a full backup: {} cannot be compared with: {why}", parent.id));
+            self.detector_reason = why;
+            return Ok(());
+        }
+        self.backup_type = BackupType::Incremental;
+        let asked = if self.options.audit { "--audit reads everything" } else { "every page is read and compared" };
+        self.detector_reason = asked.to_owned();
+        self.parent = Some(parent);
+        Ok(())
+    }
+
+    /// Why nothing can be inherited from `parent`, if so.
+    fn unfit(&mut self, parent: &Manifest) -> Result<Option<String>> {
+        if parent.block_size != self.control.block_size.as_u32() {
+            return Ok(Some(format!("its blocks have {} bytes", parent.block_size)));
+        }
+        let present = self.repo.packs(&self.options.cluster)?;
+        for PackInfo { name, len } in &parent.packs {
+            let object = name.object(&self.options.cluster)?;
+            let problem = match present.get(&object) {
+                None => "is missing".to_owned(),
+                Some(found) if found != len => format!("has {found} bytes instead of {len}"),
+                Some(_) => continue,
+            };
+            let why = format!("{object} {problem}");
+            self.repository_damage.push(why.clone());
+            return Ok(Some(why));
+        }
+        Ok(None)
+    }
+}
+
+/// Where a backup stands between its start and its stop.
+struct Bounds {
+    start: Lsn,
+    stop: Lsn,
+    start_timeline: TimelineId,
+    timeline: TimelineId,
+    backup_label: Option<Vec<u8>>,
+    tablespace_map: Option<Vec<u8>>,
+    from_standby: bool,
+}
+
+/// A backup that is being made.
+struct Run<'r, 'p> {
+    plan: Plan<'r>,
+    progress: &'p dyn Progress,
+    id: BackupId,
+    start_time: Timestamp,
+    data: Packer,
+    map: Packer,
+    totals: Totals,
+    rate: RateLimit,
+    jobs: usize,
+}
+
+impl<'r, 'p> Run<'r, 'p> {
+    fn new(plan: Plan<'r>, progress: &'p dyn Progress) -> Result<Self> {
+        let start_time = Timestamp::now();
+        let id = BackupId::generate(start_time)?;
+        let packer = |kind| Packer::new(Arc::clone(plan.repo.store()), plan.options.cluster.clone(), id, kind);
+        let processors = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        Ok(Self {
+            progress,
+            id,
+            start_time,
+            data: packer(PackKind::Data),
+            map: packer(PackKind::Map),
+            totals: Totals::default(),
+            rate: RateLimit::new(plan.options.max_rate),
+            jobs: plan.options.jobs.unwrap_or(processors).get(),
+            plan,
+        })
+    }
+
+    fn execute(mut self, begun: Instant) -> Result<Report> {
+        let start = self.start()?;
+        self.progress.begin(Phase::Listing, 0);
+        let listing = self.plan.source.data_dir().list()?;
+        for notice in &listing.notices {
+            self.progress.notice(notice);
+        }
+        let judge = self.judge(start);
+        let mut entries = self.copy_cluster(&listing, judge.as_ref())?;
+        let (control_entry, control) = self.copy_control(&listing)?;
+        entries.push(control_entry);
+        entries.extend(self.copy_external(&listing)?);
+        let bounds = self.stop(start, &control)?;
+        entries.extend(self.copy_wal(&bounds)?);
+        let suspects = judge.map_or_else(Vec::new, |judge| judge.damaged(bounds.stop));
+        let corrupt_pages = self.describe(suspects);
+        let settings = self.settings(&listing)?;
+        if let Source::Live { session, .. } = &mut self.plan.source {
+            for notice in session.take_notices() {
+                self.progress.notice(&notice);
+            }
+        }
+        self.commit(entries, &listing, bounds, control, corrupt_pages, settings, begun)
+    }
+
+    /// Begins the backup on the server; `None` for a stopped cluster.
+    fn start(&mut self) -> Result<Option<Lsn>> {
+        let Source::Live { session, .. } = &mut self.plan.source else { return Ok(None) };
+        self.progress.begin(Phase::Starting, 0);
+        let started = session.begin_backup(&format!("pgstrata {}", self.id), true)?;
+        if let Some(notice) = started.slot_notice {
+            self.progress.notice(&notice);
+        }
+        Ok(Some(started.start_lsn))
+    }
+
+    fn judge(&self, start: Option<Lsn>) -> Option<Judge> {
+        let control = &self.plan.control;
+        control.has_data_checksums().then(|| Judge::new(start, control.relseg_size))
+    }
+
+    /// Copies everything of the data directory but `pg_control`.
+    fn copy_cluster(&self, listing: &Listing, judge: Option<&Judge>) -> Result<Vec<FileEntry>> {
+        let version_dir = self.plan.control.tablespace_version_dir();
+        let mut parent = ParentFiles::new(self.plan.repo, self.plan.parent.as_ref());
+        let mut entries = Vec::new();
+        let mut items = Vec::new();
+        for listed in &listing.entries {
+            let entry = file_entry(listed);
+            if entry.kind == FileKind::Directory {
+                entries.push(entry);
+            } else if *entry.path != *b"global/pg_control" {
+                let parent = parent.find(&entry.path)?;
+                let relation = RelationFile::parse_path(&entry.path, &version_dir);
+                items.push(Item { entry, content: Content::DataDirectory, relation, parent });
+            }
+        }
+        let bytes = items.iter().map(|item| item.entry.len).sum();
+        self.progress.begin(Phase::Copying, bytes);
+        entries.extend(self.copy(&items, judge)?);
+        Ok(entries)
+    }
+
+    /// Copies `pg_control`, as it is after everything else.
+    fn copy_control(&self, listing: &Listing) -> Result<(FileEntry, ControlFile)> {
+        let path = b"global/pg_control";
+        let listed = listing.entries.iter().find(|entry| *entry.path == *path);
+        let listed = listed.ok_or_else(|| Error::invalid("there is no global/pg_control"))?;
+        let (bytes, control) = self.plan.source.data_dir().read_control()?;
+        let entry = FileEntry { len: bytes.len() as u64, ..file_entry(listed) };
+        let parent = ParentFiles::new(self.plan.repo, self.plan.parent.as_ref()).find(path)?;
+        let item = Item { entry, content: Content::Bytes(Arc::from(bytes)), relation: None, parent };
+        let copied = self.copy(&[item], None)?.pop();
+        Ok((copied.ok_or_else(|| Error::bug("pg_control was not copied"))?, control))
+    }
+
+    /// Copies `pg_hba.conf` and `pg_ident.conf` from wherever the server has them, if the data directory has none.
+    fn copy_external(&self, listing: &Listing) -> Result<Vec<FileEntry>> {
+        let Source::Live { session, data_dir } = &self.plan.source else { return Ok(Vec::new()) };
+        let server = session.server();
+        let mut items = Vec::new();
+        for (name, path) in [("pg_hba.conf", &server.hba_file), ("pg_ident.conf", &server.ident_file)] {
+            let listed = listing.entries.iter().any(|entry| *entry.path == *name.as_bytes());
+            let bytes = if listed { None } else { data_dir.read_external(path)? };
+            if let Some(bytes) = bytes {
+                let (path, len) = (name.as_bytes().to_vec(), bytes.len() as u64);
+                let entry = FileEntry { path, kind: FileKind::External, mode: 0o600, uid: 0, gid: 0, len, parts: Vec::new() };
+                items.push(Item { entry, content: Content::Bytes(Arc::from(bytes)), relation: None, parent: None });
+            }
+        }
+        self.copy(&items, None)
+    }
+
+    /// Settings from outside the data directory, if it has no `postgresql.conf` of its own.
+    fn settings(&self, listing: &Listing) -> Result<Vec<Setting>> {
+        let Source::Live { session, .. } = &self.plan.source else { return Ok(Vec::new()) };
+        if listing.entries.iter().any(|entry| *entry.path == *b"postgresql.conf") {
+            return Ok(Vec::new());
+        }
+        let setting = |found: crate::source::FileSetting| Setting {
+            name: found.name,
+            value: ByteString(found.value),
+        };
+        Ok(session.file_settings()?.into_iter().map(setting).collect())
+    }
+
+    fn copy(&self, items: &[Item], judge: Option<&Judge>) -> Result<Vec<FileEntry>> {
+        let stack = Stack { repo: self.plan.repo, parent: self.plan.parent.as_ref(), map: &self.map };
+        let health = || match &self.plan.source {
+            Source::Live { session, .. } => session.check_alive(),
+            Source::Offline { .. } => Ok(()),
+        };
+        let copier = Copier {
+            data_dir: self.plan.source.data_dir(),
+            health: &health,
+            stack: &stack,
+            data: &self.data,
+            block_len: self.plan.control.block_size.as_usize(),
+            compression: self.plan.options.compression,
+            judge,
+            jobs: self.jobs,
+            rate: &self.rate,
+            progress: self.progress,
+            totals: &self.totals,
+        };
+        copier.run(items)
+    }
+
+    /// Ends the backup on the server, and says what WAL it needs.
+    fn stop(&mut self, start: Option<Lsn>, control: &ControlFile) -> Result<Bounds> {
+        let (session, start) = match (&mut self.plan.source, start) {
+            (Source::Live { session, .. }, Some(start)) => (session, start),
+            _ => return self.stopped(control),
+        };
+        let stopped = session.end_backup()?;
+        let label = BackupLabel::parse(&stopped.backup_label)?;
+        if label.start_lsn != start {
+            let what = format!("pg_backup_start said {start}, backup_label says {}", label.start_lsn);
+            return Err(Error::new(ErrorKind::Postgres, what));
+        }
+        session.wait_for_wal_flush(stopped.stop_lsn, FLUSH_TIMEOUT)?;
+        Ok(Bounds {
+            start,
+            stop: stopped.stop_lsn,
+            start_timeline: label.start_timeline,
+            timeline: session.current_timeline()?,
+            backup_label: Some(stopped.backup_label),
+            tablespace_map: Some(stopped.tablespace_map),
+            from_standby: session.server().in_recovery,
+        })
+    }
+
+    /// The bounds of a stopped cluster: its last checkpoint, which recovery reads and ends after.
+    fn stopped(&self, control: &ControlFile) -> Result<Bounds> {
+        let data_dir = self.plan.source.data_dir();
+        must_be_stopped(data_dir, control)?;
+        let standby = control.state == ClusterState::ShutDownInRecovery;
+        let end = wal::end_of_checkpoint(data_dir, control)?;
+        Ok(Bounds {
+            start: control.redo,
+            stop: if standby { control.min_recovery_point.max(end) } else { end },
+            start_timeline: control.timeline,
+            timeline: control.timeline.max(control.min_recovery_point_timeline),
+            backup_label: None,
+            tablespace_map: None,
+            from_standby: standby,
+        })
+    }
+
+    fn copy_wal(&mut self, bounds: &Bounds) -> Result<Vec<FileEntry>> {
+        let range = WalRange {
+            start: bounds.start,
+            stop: bounds.stop,
+            timeline: bounds.timeline,
+            segment_size: self.plan.control.wal_segment_size,
+        };
+        let data_dir = self.plan.source.data_dir();
+        let items = wal::items(data_dir, range)?;
+        wal::prove(data_dir, range, &self.plan.control)?;
+        self.progress.begin(Phase::Wal, items.iter().map(|item| item.entry.len).sum());
+        let entries = self.copy(&items, None)?;
+        if let Source::Live { session, .. } = &mut self.plan.source {
+            session.drop_slot()?;
+        }
+        Ok(entries)
+    }
+
+    fn describe(&self, suspects: Vec<Suspect>) -> Vec<CorruptPage> {
+        let name = |suspect: &Suspect| match &self.plan.source {
+            Source::Live { session, .. } => {
+                let locator = suspect.relation.locator;
+                session.relation_name(locator.spc.as_u32(), locator.db.as_u32(), locator.rel.as_u32())
+            }
+            Source::Offline { .. } => None,
+        };
+        if suspects.len() > MAX_CORRUPT_PAGES {
+            self.progress.notice(&format!("{} damaged pages; the first {MAX_CORRUPT_PAGES} are listed", suspects.len()));
+        }
+        let describe = |suspect: &Suspect| CorruptPage {
+            file: String::from_utf8_lossy(&suspect.path).into_owned(),
+            relation: suspect.relation.locator.to_string(),
+            name: name(suspect),
+            fork: suspect.relation.fork.to_string(),
+            block: suspect.block.as_u32(),
+            reason: suspect.fault.to_string(),
+        };
+        suspects.iter().take(MAX_CORRUPT_PAGES).map(describe).collect()
+    }
+
+    /// Writes the file table and the manifest.
+    #[expect(clippy::too_many_arguments, reason = "everything that a backup found comes together here, once")]
+    fn commit(
+        self,
+        mut entries: Vec<FileEntry>,
+        listing: &Listing,
+        bounds: Bounds,
+        control: ControlFile,
+        corrupt_pages: Vec<CorruptPage>,
+        settings: Vec<Setting>,
+        begun: Instant,
+    ) -> Result<Report> {
+        entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+        let bytes = |kinds: &[FileKind]| -> u64 {
+            entries.iter().filter(|entry| kinds.contains(&entry.kind)).map(|entry| entry.len).sum()
+        };
+        let (cluster_bytes, wal_bytes) = (bytes(&[FileKind::File, FileKind::External]), bytes(&[FileKind::Wal]));
+        let file_count = entries.iter().filter(|entry| entry.kind == FileKind::File).count() as u64;
+        let parent = self.plan.parent.as_ref();
+        let known: &[PagePlace] = parent.map_or(&[], |parent| &parent.pages);
+        let mut table = TableWriter::new(&self.map, known);
+        for entry in entries {
+            table.push(entry)?;
+        }
+        let (pages, needed) = table.finish()?;
+        let mut own = self.data.finish()?;
+        own.extend(self.map.finish()?);
+        let packs = with_lengths(&needed, &own, parent)?;
+        let control_version = control.pg_control_version;
+        let version = match &self.plan.source {
+            Source::Live { session, .. } => session.server().version.clone(),
+            Source::Offline { data_dir } => data_dir.major_version().to_string(),
+        };
+        let tablespace = |found: &crate::source::Tablespace| TablespaceLocation {
+            oid: found.oid.as_u32(),
+            location: found.link.as_ref().map(|link| ByteString(std::os::unix::ffi::OsStrExt::as_bytes(link.as_os_str()).to_vec())),
+        };
+        let manifest = Manifest {
+            format: FORMAT_VERSION,
+            repository: self.plan.repo.id().to_owned(),
+            cluster: self.plan.options.cluster.clone(),
+            id: self.id,
+            sequence: self.plan.repo.catalog(&self.plan.options.cluster)?.next_sequence(),
+            backup_type: self.plan.backup_type,
+            parent: parent.map(|parent| parent.id),
+            system_identifier: control.system_identifier.to_string(),
+            postgres_version: version,
+            pg_control_version: control_version,
+            catalog_version: control.catalog_version.as_u32(),
+            block_size: control.block_size.as_u32(),
+            wal_segment_size: control.wal_segment_size.as_u32(),
+            data_checksum_version: control.data_checksum_version,
+            start_lsn: bounds.start,
+            stop_lsn: bounds.stop,
+            start_timeline: bounds.start_timeline,
+            timeline: bounds.timeline,
+            start_time: self.start_time,
+            stop_time: Timestamp::now(),
+            from_standby: bounds.from_standby,
+            offline: bounds.backup_label.is_none(),
+            backup_label: bounds.backup_label.map(ByteString),
+            tablespace_map: bounds.tablespace_map.map(ByteString),
+            tablespaces: listing.tablespaces.iter().map(tablespace).collect(),
+            data_directory_mode: listing.mode,
+            data_directory_owner: (listing.uid, listing.gid),
+            settings,
+            cluster_bytes,
+            wal_bytes,
+            file_count,
+            blocks_changed: self.totals.blocks_changed.load(Ordering::Relaxed),
+            detector: "scan".to_owned(),
+            detector_reason: self.plan.detector_reason,
+            corrupt_pages,
+            note: self.plan.options.note,
+            packs,
+            pages,
+        };
+        let manifest_len = self.plan.repo.commit(&manifest)?;
+        let backup = BackupSummary::new(&manifest, manifest_len);
+        Ok(Report {
+            seconds: begun.elapsed().as_secs_f64(),
+            bytes_read: self.totals.bytes_read.load(Ordering::Relaxed),
+            bytes_written: own.iter().map(|pack| pack.len).sum::<u64>() + manifest_len,
+            repository_damage: self.plan.repository_damage,
+            backup,
+        })
+    }
+}
+
+/// The needed packs with their lengths, which this run or its parent knows.
+fn with_lengths(needed: &[PackName], own: &[PackInfo], parent: Option<&Manifest>) -> Result<Vec<PackInfo>> {
+    let inherited: &[PackInfo] = parent.map_or(&[], |parent| &parent.packs);
+    let known: std::collections::HashMap<PackName, u64> =
+        inherited.iter().chain(own).map(|pack| (pack.name, pack.len)).collect();
+    let with_len = |name: &PackName| {
+        let len = known.get(name).copied();
+        len.map(|len| PackInfo { name: *name, len }).ok_or_else(|| Error::bug("a pack that nobody wrote"))
+    };
+    needed.iter().map(with_len).collect()
+}
+
+fn file_entry(listed: &Entry) -> FileEntry {
+    let (kind, len) = match listed.kind {
+        EntryKind::Directory => (FileKind::Directory, 0),
+        EntryKind::File { len } => (FileKind::File, len),
+    };
+    let Entry { path, mode, uid, gid, .. } = listed;
+    FileEntry { path: path.to_vec(), kind, mode: *mode, uid: *uid, gid: *gid, len, parts: Vec::new() }
+}
+
+/// The parent's files, looked up in ascending order of their paths; one page of its file table is in memory at a time.
+struct ParentFiles<'a> {
+    repo: &'a Repository,
+    parent: Option<&'a Manifest>,
+    next_page: usize,
+    page: std::iter::Peekable<std::vec::IntoIter<FileEntry>>,
+}
+
+impl<'a> ParentFiles<'a> {
+    fn new(repo: &'a Repository, parent: Option<&'a Manifest>) -> Self {
+        Self { repo, parent, next_page: 0, page: Vec::new().into_iter().peekable() }
+    }
+
+    /// The parent's file at `path`, which is greater than the last that was asked for.
+    fn find(&mut self, path: &[u8]) -> Result<Option<FileEntry>> {
+        let Some(parent) = self.parent else { return Ok(None) };
+        loop {
+            while self.page.next_if(|entry| *entry.path < *path).is_some() {}
+            if self.page.peek().is_some() {
+                let found = self.page.next_if(|entry| entry.path == path);
+                return Ok(found.filter(|entry| entry.kind == FileKind::File));
+            }
+            let Some(page) = parent.pages.get(self.next_page) else { return Ok(None) };
+            self.next_page += 1;
+            self.page = read_page(&**self.repo.store(), &parent.cluster, page)?.entries.into_iter().peekable();
+        }
+    }
+}

@@ -1,0 +1,553 @@
+//! The data path of a backup: read, check, fingerprint, compare, compress, store.
+//!
+//! ```text
+//! for each slice of each file, on any of the workers:
+//!     read a window; check each page; fingerprint it; compare with the parent's fingerprint of that block
+//!     what differs goes into the worker's open chunk; a full chunk is compressed and gets its place in a pack
+//!     when the last slice of a part is placed, the part's layer is written
+//! ```
+//!
+//! One worker does all of that for a window while it is in its core's cache; the packs are written by threads of their own behind
+//! bounded channels. A file is cut into slices of [`SLICE_BLOCKS`], so that one large file keeps all workers busy. A chunk may
+//! hold blocks of several slices and files, so a slice is open until the chunk with its last block is placed. Memory is bounded by the
+//! slices in work, not by the cluster: a slice without blocks in the open chunk is never kept, and the parent's fingerprints only while they are read.
+//!
+//! What goes wrong, and what is made of it: a file that vanished was dropped, and replay knows it; a file that ends early was
+//! truncated, and its length is what was read; every other error of reading ends the backup. A page with a wrong checksum is read again
+//! and judged by [`super::judge`].
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use super::judge::{Judge, Verdict};
+use super::part::{SliceMap, Stack};
+use super::rate::RateLimit;
+use crate::chunk::{ChunkId, Compression, Encoder, Fingerprint, MAX_RAW_LEN};
+use crate::error::{Error, Result};
+use crate::pg::{BlockNumber, RelationFile, is_zero};
+use crate::progress::Progress;
+use crate::repo::{ChunkRef, DataPack, Extent, FileEntry, PART_BLOCKS, Packer, PartMap};
+use crate::source::DataDir;
+
+/// Blocks that a worker takes at once: 32 MiB of 8 KiB blocks.
+const SLICE_BLOCKS: u32 = 4096;
+/// Bytes read at once.
+const WINDOW_LEN: usize = 256 << 10;
+
+/// A file to copy.
+#[derive(Debug)]
+pub(super) struct Item {
+    /// What the file table will say of it; `len` is the length to read at most, `parts` is empty.
+    pub entry: FileEntry,
+    /// Where its bytes come from.
+    pub content: Content,
+    /// What it is to PostgreSQL, if it is a relation file.
+    pub relation: Option<RelationFile>,
+    /// What the parent's file table says of it.
+    pub parent: Option<FileEntry>,
+}
+
+/// Where an item's bytes come from.
+#[derive(Debug)]
+pub(super) enum Content {
+    /// The file of the data directory at the entry's path.
+    DataDirectory,
+    /// The first `valid_len` bytes of a file in the WAL directory; the rest counts as zero.
+    Wal {
+        /// The file's name.
+        name: String,
+        /// How much of it counts.
+        valid_len: u64,
+    },
+    /// These.
+    Bytes(Arc<[u8]>),
+}
+
+/// What copying found besides the files.
+#[derive(Debug, Default)]
+pub(super) struct Totals {
+    /// Bytes read from the source.
+    pub bytes_read: AtomicU64,
+    /// Blocks of relation files that differ from the parent's.
+    pub blocks_changed: AtomicU64,
+}
+
+/// Copies files into packs.
+pub(super) struct Copier<'a> {
+    /// Where files are opened.
+    pub data_dir: &'a DataDir,
+    /// Says whether it still makes sense to go on.
+    pub health: &'a (dyn Fn() -> Result<()> + Sync),
+    /// Stacks layers upon the parent's.
+    pub stack: &'a Stack<'a>,
+    /// Takes chunks.
+    pub data: &'a Packer,
+    /// Bytes of a block.
+    pub block_len: usize,
+    /// How to compress.
+    pub compression: Compression,
+    /// Judges pages, where the cluster has checksums.
+    pub judge: Option<&'a Judge>,
+    /// Number of workers.
+    pub jobs: usize,
+    /// Bounds the rate of reading.
+    pub rate: &'a RateLimit,
+    /// Who watches.
+    pub progress: &'a dyn Progress,
+    /// What else is found.
+    pub totals: &'a Totals,
+}
+
+/// A piece of work: some blocks of a part of an item.
+#[derive(Clone, Copy)]
+struct Slice {
+    item: usize,
+    part: u32,
+    start: u32,
+    count: u32,
+}
+
+/// A file in work.
+struct OpenItem {
+    reader: OnceLock<Option<Reader>>,
+    opening: Mutex<()>,
+    parts: Vec<OpenPart>,
+    parts_left: AtomicUsize,
+}
+
+#[derive(Default)]
+struct OpenPart {
+    /// The parent's fingerprints, while slices are still to be read.
+    parent: Mutex<Option<Arc<Vec<Fingerprint>>>>,
+    parent_blocks: OnceLock<usize>,
+    reads_left: AtomicU32,
+    slices: Mutex<Vec<SliceMap>>,
+    slices_left: AtomicU32,
+    /// The part's map, and the file's length if it turned out to end in this part.
+    done: OnceLock<(PartMap, Option<u64>)>,
+}
+
+enum Reader {
+    File(File),
+    Prefix(File, u64),
+    Bytes(Arc<[u8]>),
+}
+
+impl Reader {
+    /// Fills the buffer from `offset` as far as there are bytes, and says how many.
+    fn fill(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        match self {
+            Reader::File(file) => fill_from(file, buffer, offset),
+            Reader::Prefix(file, valid_len) => {
+                let len = fill_from(file, buffer, offset)?;
+                let valid = usize::try_from(valid_len.saturating_sub(offset)).unwrap_or(usize::MAX).min(len);
+                buffer[valid..len].fill(0);
+                Ok(len)
+            }
+            Reader::Bytes(bytes) => {
+                let from = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+                let len = buffer.len().min(bytes.len() - from);
+                buffer[..len].copy_from_slice(&bytes[from..from + len]);
+                Ok(len)
+            }
+        }
+    }
+}
+
+fn fill_from(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read_at(&mut buffer[filled..], offset + filled as u64) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(filled)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A run of the copier: what its workers share.
+struct Run<'a> {
+    copier: &'a Copier<'a>,
+    items: &'a [Item],
+    slices: Vec<Slice>,
+    next: AtomicUsize,
+    failed: AtomicBool,
+    open: Mutex<HashMap<usize, Arc<OpenItem>>>,
+    entries: Mutex<Vec<FileEntry>>,
+}
+
+impl Copier<'_> {
+    /// Copies the items; the entries of those that did not vanish, in no order.
+    pub fn run(&self, items: &[Item]) -> Result<Vec<FileEntry>> {
+        let run = Run {
+            copier: self,
+            items,
+            slices: self.slices(items),
+            next: AtomicUsize::new(0),
+            failed: AtomicBool::new(false),
+            open: Mutex::default(),
+            entries: Mutex::default(),
+        };
+        let empty = items.iter().filter(|item| item.entry.len == 0);
+        lock(&run.entries).extend(empty.map(|item| item.entry.clone()));
+        let workers = self.jobs.min(run.slices.len());
+        let outcomes: Vec<Result<()>> = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..workers).map(|_| scope.spawn(|| run.work())).collect();
+            let panicked = || Err(Error::bug("a worker panicked"));
+            workers.into_iter().map(|worker| worker.join().unwrap_or_else(|_| panicked())).collect()
+        });
+        outcomes.into_iter().collect::<Result<()>>()?;
+        Ok(run.entries.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn block_count(&self, len: u64) -> u64 {
+        len.div_ceil(self.block_len as u64)
+    }
+
+    fn part_blocks(&self, len: u64, part: u32) -> u32 {
+        let before = u64::from(part) * u64::from(PART_BLOCKS);
+        let blocks = self.block_count(len).saturating_sub(before).min(u64::from(PART_BLOCKS));
+        u32::try_from(blocks).unwrap_or(PART_BLOCKS)
+    }
+
+    fn part_count(&self, len: u64) -> u32 {
+        u32::try_from(self.block_count(len).div_ceil(u64::from(PART_BLOCKS))).unwrap_or(u32::MAX)
+    }
+
+    fn slices(&self, items: &[Item]) -> Vec<Slice> {
+        let mut slices = Vec::with_capacity(items.len());
+        for (item, Item { entry, .. }) in items.iter().enumerate() {
+            for part in 0..self.part_count(entry.len) {
+                let blocks = self.part_blocks(entry.len, part);
+                let starts = (0..blocks).step_by(SLICE_BLOCKS as usize);
+                slices.extend(starts.map(|start| Slice { item, part, start, count: SLICE_BLOCKS.min(blocks - start) }));
+            }
+        }
+        slices
+    }
+}
+
+impl Run<'_> {
+    fn work(&self) -> Result<()> {
+        let outcome = Worker::new(self).and_then(|mut worker| worker.run());
+        if outcome.is_err() {
+            self.failed.store(true, Ordering::Relaxed);
+        }
+        outcome
+    }
+
+    fn next_slice(&self) -> Option<Slice> {
+        if self.failed.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.slices.get(self.next.fetch_add(1, Ordering::Relaxed)).copied()
+    }
+
+    /// The state of an item in work.
+    fn open_item(&self, index: usize) -> Arc<OpenItem> {
+        let mut open = lock(&self.open);
+        let item = open.entry(index).or_insert_with(|| {
+            let len = self.items[index].entry.len;
+            let parts = (0..self.copier.part_count(len)).map(|part| {
+                let slices = self.copier.part_blocks(len, part).div_ceil(SLICE_BLOCKS);
+                let (slices_left, reads_left) = (AtomicU32::new(slices), AtomicU32::new(slices));
+                OpenPart { slices_left, reads_left, ..OpenPart::default() }
+            });
+            let parts: Vec<_> = parts.collect();
+            let parts_left = AtomicUsize::new(parts.len());
+            Arc::new(OpenItem { reader: OnceLock::new(), opening: Mutex::default(), parts, parts_left })
+        });
+        Arc::clone(item)
+    }
+
+    /// The item's reader; all its slices read through one open file, whatever happens to the name.
+    fn reader<'o>(&self, index: usize, open: &'o OpenItem) -> Result<Option<&'o Reader>> {
+        if open.reader.get().is_none() {
+            let _opening = lock(&open.opening);
+            if open.reader.get().is_none() {
+                let reader = self.open_reader(&self.items[index])?;
+                // Set once: nobody else gets here while `opening` is held.
+                let _ = open.reader.set(reader);
+            }
+        }
+        Ok(open.reader.get().and_then(Option::as_ref))
+    }
+
+    fn open_reader(&self, item: &Item) -> Result<Option<Reader>> {
+        Ok(match &item.content {
+            Content::DataDirectory => self.copier.data_dir.open_file(&item.entry.path)?.map(Reader::File),
+            Content::Bytes(bytes) => Some(Reader::Bytes(Arc::clone(bytes))),
+            Content::Wal { name, valid_len } => {
+                let file = self.copier.data_dir.open_wal_file(name)?.ok_or_else(|| super::wal::lost(name))?;
+                Some(Reader::Prefix(file, *valid_len))
+            }
+        })
+    }
+
+    /// The parent's fingerprints of a part; empty if the parent does not have it.
+    fn parent(&self, slice: Slice, open: &OpenItem) -> Result<Arc<Vec<Fingerprint>>> {
+        let part = &open.parts[slice.part as usize];
+        let mut loaded = lock(&part.parent);
+        if let Some(fingerprints) = &*loaded {
+            return Ok(Arc::clone(fingerprints));
+        }
+        let map = self.parent_map(slice.item, slice.part);
+        let fingerprints = map.map_or_else(|| Ok(Vec::new()), |map| self.copier.stack.fingerprints(map))?;
+        let _ = part.parent_blocks.set(fingerprints.len());
+        Ok(Arc::clone(loaded.insert(Arc::new(fingerprints))))
+    }
+
+    /// Lets go of the parent's fingerprints of a part when its last slice is read.
+    fn read_done(&self, slice: Slice, open: &OpenItem) {
+        let part = &open.parts[slice.part as usize];
+        if part.reads_left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            lock(&part.parent).take();
+        }
+    }
+
+    fn parent_map(&self, item: usize, part: u32) -> Option<&PartMap> {
+        self.items[item].parent.as_ref()?.parts.get(part as usize)
+    }
+
+    /// Takes the finished map of a slice; with the last of a part its layer is written, with the last of a file its entry made.
+    fn deliver(&self, index: usize, part_number: u32, map: SliceMap) -> Result<()> {
+        let open = self.open_item(index);
+        let part = &open.parts[part_number as usize];
+        lock(&part.slices).push(map);
+        if part.slices_left.fetch_sub(1, Ordering::AcqRel) > 1 {
+            return Ok(());
+        }
+        let slices = std::mem::take(&mut *lock(&part.slices));
+        let parent_blocks = part.parent_blocks.get().copied().unwrap_or(0);
+        let vanished = matches!(open.reader.get(), None | Some(None));
+        if !vanished {
+            let done = self.copier.stack.write(slices, parent_blocks, self.parent_map(index, part_number))?;
+            if self.items[index].relation.is_some() {
+                self.copier.totals.blocks_changed.fetch_add(done.blocks_changed, Ordering::Relaxed);
+            }
+            let _ = part.done.set((done.map, done.end));
+        }
+        if open.parts_left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            lock(&self.open).remove(&index);
+            if !vanished {
+                self.finish_item(index, &open)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn finish_item(&self, index: usize, open: &OpenItem) -> Result<()> {
+        let mut entry = self.items[index].entry.clone();
+        for part in &open.parts {
+            let (map, end) = part.done.get().ok_or_else(|| Error::bug("a part of a file was not finished"))?;
+            if !map.layers.is_empty() {
+                entry.parts.push(map.clone());
+            }
+            if let Some(end) = *end {
+                entry.len = end;
+                break;
+            }
+        }
+        lock(&self.entries).push(entry);
+        Ok(())
+    }
+}
+
+/// A slice that is being read (the last one), or whose last blocks are in the open chunk.
+struct OpenSlice {
+    slice: Slice,
+    map: SliceMap,
+    read: bool,
+}
+
+/// Blocks of a slice in the open chunk.
+struct Piece {
+    slice: usize,
+    start: u32,
+    count: u32,
+    first: u16,
+}
+
+struct Worker<'r, 'a> {
+    run: &'r Run<'a>,
+    encoder: Encoder,
+    window: Vec<u8>,
+    slices: Vec<OpenSlice>,
+    raw: Vec<u8>,
+    fingerprints: Vec<Fingerprint>,
+    pieces: Vec<Piece>,
+}
+
+impl<'r, 'a> Worker<'r, 'a> {
+    fn new(run: &'r Run<'a>) -> Result<Self> {
+        let window_blocks = (WINDOW_LEN / run.copier.block_len).max(1);
+        Ok(Self {
+            run,
+            encoder: Encoder::new(run.copier.compression)?,
+            window: vec![0; window_blocks * run.copier.block_len],
+            slices: Vec::new(),
+            raw: Vec::with_capacity(MAX_RAW_LEN),
+            fingerprints: Vec::new(),
+            pieces: Vec::new(),
+        })
+    }
+
+    fn run(&mut self) -> Result<()> {
+        while let Some(slice) = self.run.next_slice() {
+            (self.run.copier.health)()?;
+            self.copy(slice)?;
+        }
+        self.flush()
+    }
+
+    fn copy(&mut self, slice: Slice) -> Result<()> {
+        let open = self.run.open_item(slice.item);
+        let map = SliceMap::new(slice.start);
+        self.slices.push(OpenSlice { slice, map, read: false });
+        if let Some(reader) = self.run.reader(slice.item, &open)? {
+            let parent = self.run.parent(slice, &open)?;
+            self.read(slice, reader, &parent)?;
+        }
+        self.run.read_done(slice, &open);
+        let index = self.slices.len() - 1;
+        let waits = self.pieces.last().is_some_and(|piece| piece.slice == index);
+        match self.slices.pop() {
+            Some(done) if !waits => self.run.deliver(slice.item, slice.part, done.map),
+            waiting => {
+                self.slices.extend(waiting.map(|waiting| OpenSlice { read: true, ..waiting }));
+                Ok(())
+            }
+        }
+    }
+
+    fn read(&mut self, slice: Slice, reader: &Reader, parent: &[Fingerprint]) -> Result<()> {
+        let copier = self.run.copier;
+        let block_len = copier.block_len as u64;
+        let file_len = self.run.items[slice.item].entry.len;
+        let part_offset = u64::from(slice.part) * u64::from(PART_BLOCKS) * block_len;
+        let end = file_len.min(part_offset + u64::from(slice.start + slice.count) * block_len);
+        let mut offset = part_offset + u64::from(slice.start) * block_len;
+        let mut window = std::mem::take(&mut self.window);
+        while offset < end {
+            let wanted = usize::try_from(end - offset).unwrap_or(usize::MAX).min(window.len());
+            copier.rate.take(wanted as u64);
+            let len = reader.fill(&mut window[..wanted], offset).map_err(|e| self.cannot_read(slice, e))?;
+            copier.totals.bytes_read.fetch_add(len as u64, Ordering::Relaxed);
+            copier.progress.advance(len as u64);
+            let padded = len.next_multiple_of(copier.block_len);
+            window[len..padded].fill(0);
+            let first = u32::try_from((offset - part_offset) / block_len).unwrap_or(u32::MAX);
+            for (block, page) in (first..).zip(window[..padded].chunks_exact_mut(copier.block_len)) {
+                let whole = (block - first) as usize * copier.block_len + copier.block_len <= len;
+                self.take(slice, block, page, whole, reader, parent)?;
+            }
+            let read_blocks = u32::try_from(padded / copier.block_len).unwrap_or(0);
+            if let Some(open) = self.slices.last_mut() {
+                open.map.end = first + read_blocks;
+                open.map.file_end = (len < wanted).then_some(offset + len as u64);
+            }
+            if len < wanted {
+                break;
+            }
+            offset += len as u64;
+        }
+        self.window = window;
+        Ok(())
+    }
+
+    fn cannot_read(&self, slice: Slice, error: io::Error) -> Error {
+        let path = self.run.items[slice.item].entry.display_path();
+        Error::io("read", path.as_ref(), error)
+    }
+
+    /// Takes one block of the slice: judges its page, compares it, and keeps it if it differs from the parent's.
+    fn take(
+        &mut self,
+        slice: Slice,
+        block: u32,
+        page: &mut [u8],
+        whole: bool,
+        reader: &Reader,
+        parent: &[Fingerprint],
+    ) -> Result<()> {
+        let mut zero = is_zero(page);
+        if let (Some(judge), Some(relation), false, true) =
+            (self.run.copier.judge, &self.run.items[slice.item].relation, zero, whole)
+        {
+            let in_file = slice.part * PART_BLOCKS + block;
+            let offset = u64::from(in_file) * self.run.copier.block_len as u64;
+            let path = &self.run.items[slice.item].entry.path;
+            let verdict = judge.judge(path, *relation, BlockNumber::new(in_file), page, |page| {
+                reader.fill(page, offset).map_err(|e| self.cannot_read(slice, e))
+            })?;
+            if verdict == Verdict::ReadAgain {
+                zero = is_zero(page);
+            }
+        }
+        let fingerprint = if zero { Fingerprint::ZERO_PAGE } else { Fingerprint::of(page) };
+        if parent.get(block as usize) == Some(&fingerprint) {
+            return Ok(());
+        }
+        let index = self.slices.len() - 1;
+        let map = &mut self.slices[index].map;
+        map.blocks_changed += 1;
+        if zero {
+            map.push_zero(block);
+            return Ok(());
+        }
+        map.fingerprints.push(fingerprint);
+        if self.raw.len() + page.len() > MAX_RAW_LEN {
+            self.flush()?;
+        }
+        self.add_to_chunk(self.slices.len() - 1, block, page, fingerprint);
+        Ok(())
+    }
+
+    fn add_to_chunk(&mut self, slice: usize, block: u32, page: &[u8], fingerprint: Fingerprint) {
+        let first = u16::try_from(self.fingerprints.len()).unwrap_or(u16::MAX);
+        self.raw.extend_from_slice(page);
+        self.fingerprints.push(fingerprint);
+        match self.pieces.last_mut() {
+            Some(last) if last.slice == slice && last.start + last.count == block => last.count += 1,
+            _ => self.pieces.push(Piece { slice, start: block, count: 1, first }),
+        }
+    }
+
+    /// Compresses and places the open chunk, and delivers the slices that waited for it.
+    fn flush(&mut self) -> Result<()> {
+        if !self.fingerprints.is_empty() {
+            let (codec, stored) = self.encoder.encode(&self.raw)?;
+            let stored_len = u32::try_from(stored.len()).map_err(|_| Error::bug("a chunk of 4 GiB"))?;
+            let place = self.run.copier.data.append(stored)?;
+            let chunk = ChunkRef {
+                pack: 0,
+                offset: place.offset,
+                stored_len,
+                block_count: u16::try_from(self.fingerprints.len()).map_err(|_| Error::bug("a chunk of 65,536 blocks"))?,
+                codec,
+                id: ChunkId::of(&self.fingerprints),
+            };
+            let pack = DataPack { run: place.pack.run, seq: place.pack.seq };
+            for Piece { slice, start, count, first } in self.pieces.drain(..) {
+                self.slices[slice].map.push(chunk, pack, Extent { start, count, source: 0, first });
+            }
+            self.raw.clear();
+            self.fingerprints.clear();
+        }
+        let read = self.slices.iter().take_while(|open| open.read).count();
+        for OpenSlice { slice, map, .. } in self.slices.drain(..read) {
+            self.run.deliver(slice.item, slice.part, map)?;
+        }
+        Ok(())
+    }
+}
