@@ -12,10 +12,13 @@ mod conninfo;
 mod datadir;
 mod failure;
 mod postmaster;
+mod rights;
+mod server;
 mod session;
 mod tls;
 
 pub use conninfo::Environment;
 pub use datadir::{DataDir, Entry, EntryKind, Listing, Tablespace};
 pub use postmaster::PostmasterPid;
-pub use session::{BackupStart, BackupStop, FileSetting, Server, Session};
+pub use server::Server;
+pub use session::{BackupStart, BackupStop, FileSetting, Session};

@@ -23,73 +23,24 @@
 //! PostgreSQL: src/backend/access/transam/xlogfuncs.c, pg_backup_start, pg_backup_stop;
 //! src/backend/access/transam/xlog.c, do_pg_backup_start, do_pg_backup_stop.
 
-use std::collections::HashMap;
-use std::ffi::OsString;
 use std::future::Future;
-use std::ops::RangeInclusive;
-use std::os::unix::ffi::OsStringExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
 use tokio::runtime::Runtime;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::types::{FromSql, ToSql, Type};
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row};
 
 use super::connect::{Connected, Feedback, connect};
 use super::conninfo::{ConnectionParameters, Environment, resolve};
-use super::failure;
+use super::server::{RawText, SESSION_SETTINGS, Server, column, look_around};
+use super::{failure, rights};
 use crate::error::{Error, ErrorKind, Result};
-use crate::pg::{Lsn, MajorVersion, SystemIdentifier, TimelineId, WalSegmentSize};
-
-/// The major versions whose servers this program talks to.
-const SUPPORTED: RangeInclusive<u32> = 13..=18;
+use crate::pg::{Lsn, TimelineId};
 
 /// The server's limit for a backup's label, in bytes; MAXPGPATH.
 const MAX_LABEL_LEN: usize = 1024;
-
-/// Settings of our own session. A timeout of the database or the role would end the backup.
-const SESSION_SETTINGS: &str = "SET search_path = pg_catalog, pg_temp; SET client_encoding = 'SQL_ASCII'; \
-    SET statement_timeout = 0; SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0; \
-    SET datestyle = 'ISO, YMD'; SET bytea_output = 'hex'; SET client_min_messages = notice";
-
-/// What the server says of itself; fixed while it runs, except by a promotion.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Server {
-    /// E.g. 150018.
-    pub version_num: u32,
-    /// E.g. `15.18`.
-    pub version: String,
-    /// E.g. 15.
-    pub major: MajorVersion,
-    /// The cluster's identity, from its control file.
-    pub system_identifier: SystemIdentifier,
-    /// The data directory as the server sees it.
-    pub data_directory: PathBuf,
-    /// `postgresql.conf`, wherever it is.
-    pub config_file: PathBuf,
-    /// `pg_hba.conf`, wherever it is.
-    pub hba_file: PathBuf,
-    /// `pg_ident.conf`, wherever it is.
-    pub ident_file: PathBuf,
-    /// Whether it was a standby when we connected.
-    pub in_recovery: bool,
-    /// `minimal`, `replica` or `logical`.
-    pub wal_level: String,
-    /// Whether pages are logged whole after a checkpoint; forced on while a primary is backed up.
-    pub full_page_writes: bool,
-    /// Whether pages carry checksums.
-    pub data_checksums: bool,
-    /// Whether hint bits are logged even without checksums.
-    pub wal_log_hints: bool,
-    /// Whether WAL is summarized; false before 17.
-    pub summarize_wal: bool,
-    /// The length of a WAL segment.
-    pub wal_segment_size: WalSegmentSize,
-    /// When the server started.
-    pub postmaster_start_time: Timestamp,
-}
 
 /// A backup has begun; list and read files from here on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -138,29 +89,6 @@ pub struct Session {
 impl std::fmt::Debug for Session {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Session").field("endpoint", &self.endpoint).field("server", &self.server).finish()
-    }
-}
-
-/// Text as the server holds it: in its encoding, unchecked.
-struct RawText(Vec<u8>);
-
-impl<'a> FromSql<'a> for RawText {
-    fn from_sql(_: &Type, raw: &'a [u8]) -> std::result::Result<Self, Box<dyn std::error::Error + Sync + Send>> {
-        Ok(Self(raw.to_vec()))
-    }
-
-    fn accepts(ty: &Type) -> bool {
-        matches!(*ty, Type::TEXT | Type::VARCHAR | Type::NAME | Type::BPCHAR)
-    }
-}
-
-impl RawText {
-    fn into_path(self) -> PathBuf {
-        PathBuf::from(OsString::from_vec(self.0))
-    }
-
-    fn to_text(&self) -> String {
-        String::from_utf8_lossy(&self.0).into_owned()
     }
 }
 
@@ -431,29 +359,15 @@ impl Session {
         rows.into_iter().next().ok_or_else(|| Error::bug(format!("cannot {doing}: the server returned no row")))
     }
 
-    /// The error with the statement that grants the missing right.
+    /// The error, with the statements that grant what is missing where that is the cause.
     fn explain(&self, error: tokio_postgres::Error, doing: &str) -> Error {
         let denied = error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE);
         let result = failure::of_query(error, doing, &self.feedback);
-        if !denied {
-            return result;
+        let hint = if denied { self.block_on(rights::hint(&self.client, self.server.major)) } else { None };
+        match hint {
+            Some(hint) => result.hint(hint),
+            None => result,
         }
-        let role = quote_identifier(&self.role);
-        if doing.contains("slot") {
-            return result.hint(format!("as a superuser: ALTER ROLE {role} REPLICATION"));
-        }
-        if doing.contains("backup") {
-            let functions = if self.server.major.as_u32() >= 15 {
-                "pg_catalog.pg_backup_start(text, boolean), pg_catalog.pg_backup_stop(boolean)"
-            } else {
-                "pg_catalog.pg_start_backup(text, boolean, boolean), pg_catalog.pg_stop_backup(boolean, boolean)"
-            };
-            let database = quote_identifier(&self.parameters.database);
-            return result.hint(format!(
-                "as a superuser, in the database {database}: GRANT EXECUTE ON FUNCTION {functions} TO {role}"
-            ));
-        }
-        result
     }
 }
 
@@ -467,98 +381,9 @@ async fn relation_name(client: &Client, tablespace: u32, filenode: u32) -> Optio
     Some(format!("{}.{}.{}", part(0)?, part(1)?, part(2)?))
 }
 
-fn column<'a, T: FromSql<'a>>(row: &'a Row, index: usize) -> Result<T> {
-    row.try_get(index).map_err(|error| Error::bug("the server's answer is not of the expected type").because(error))
-}
-
 fn lsn(row: &Row, index: usize) -> Result<Lsn> {
     let text = column::<RawText>(row, index)?.to_text();
     text.parse().map_err(|error| Error::bug("the server's answer is not of the expected type").because(error))
-}
-
-/// Prepares the session and asks the server what it is and who we are.
-async fn look_around(connected: &Connected) -> Result<(Server, String)> {
-    let Connected { client, feedback, .. } = connected;
-    let explain = |error| failure::of_query(error, "look at the server", feedback);
-    let version = "SELECT pg_catalog.current_setting('server_version_num')::pg_catalog.int4";
-    let row = client.query_one(version, &[]).await.map_err(explain)?;
-    let version_num = u32::try_from(column::<i32>(&row, 0)?).unwrap_or_default();
-    let number = version_num / 10_000;
-    let major = MajorVersion::new(number).filter(|_| SUPPORTED.contains(&number)).ok_or_else(|| {
-        let (first, last) = (SUPPORTED.start(), SUPPORTED.end());
-        let what = format!("the server is PostgreSQL {number}, and pgstrata supports {first} to {last}");
-        Error::new(ErrorKind::Unsupported, what)
-    })?;
-    let idle = if number >= 14 { "; SET idle_session_timeout = 0" } else { "" };
-    client.batch_execute(&format!("{SESSION_SETTINGS}{idle}")).await.map_err(explain)?;
-    let identity = "SELECT CURRENT_USER::pg_catalog.text, pg_catalog.pg_is_in_recovery(), \
-         (SELECT system_identifier FROM pg_catalog.pg_control_system()), \
-         (EXTRACT(EPOCH FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::pg_catalog.int8";
-    let row = client.query_one(identity, &[]).await.map_err(explain)?;
-    let role = column::<RawText>(&row, 0)?.to_text();
-    let settings = Settings::read(client).await.map_err(explain)?;
-    let server = Server {
-        version_num,
-        version: settings.text("server_version", &role)?.split(' ').next().unwrap_or_default().to_owned(),
-        major,
-        system_identifier: SystemIdentifier::new(column::<i64>(&row, 2)?.cast_unsigned()),
-        data_directory: settings.path("data_directory", &role)?,
-        config_file: settings.path("config_file", &role)?,
-        hba_file: settings.path("hba_file", &role)?,
-        ident_file: settings.path("ident_file", &role)?,
-        in_recovery: column(&row, 1)?,
-        wal_level: settings.text("wal_level", &role)?,
-        full_page_writes: settings.is_on("full_page_writes"),
-        data_checksums: settings.is_on("data_checksums"),
-        wal_log_hints: settings.is_on("wal_log_hints"),
-        summarize_wal: settings.is_on("summarize_wal"),
-        wal_segment_size: settings.wal_segment_size(&role)?,
-        postmaster_start_time: Timestamp::from_microsecond(column(&row, 3)?)
-            .map_err(|error| Error::bug("the server's start time is out of range").because(error))?,
-    };
-    Ok((server, role))
-}
-
-struct Settings(HashMap<String, Vec<u8>>);
-
-impl Settings {
-    async fn read(client: &Client) -> std::result::Result<Self, tokio_postgres::Error> {
-        let statement = "SELECT name, setting FROM pg_catalog.pg_settings WHERE setting IS NOT NULL";
-        let rows = client.query(statement, &[]).await?;
-        let pair = |row: &Row| Ok((row.try_get::<_, RawText>(0)?.to_text(), row.try_get::<_, RawText>(1)?.0));
-        Ok(Self(rows.iter().map(pair).collect::<std::result::Result<_, _>>()?))
-    }
-
-    /// A setting that every server has; what is missing is hidden from us.
-    fn bytes(&self, name: &str, role: &str) -> Result<&[u8]> {
-        self.0.get(name).map(Vec::as_slice).ok_or_else(|| {
-            let what = format!("the role {role:?} may not see the setting {name}");
-            let grant = format!("as a superuser: GRANT pg_read_all_settings TO {}", quote_identifier(role));
-            Error::new(ErrorKind::Postgres, what).hint(grant)
-        })
-    }
-
-    fn text(&self, name: &str, role: &str) -> Result<String> {
-        self.bytes(name, role).map(|bytes| String::from_utf8_lossy(bytes).into_owned())
-    }
-
-    fn path(&self, name: &str, role: &str) -> Result<PathBuf> {
-        self.bytes(name, role).map(|bytes| PathBuf::from(OsString::from_vec(bytes.to_vec())))
-    }
-
-    fn wal_segment_size(&self, role: &str) -> Result<WalSegmentSize> {
-        let text = self.text("wal_segment_size", role)?;
-        let size = text.parse().ok().and_then(WalSegmentSize::new);
-        size.ok_or_else(|| Error::bug(format!("wal_segment_size is {text:?}, which is no segment size")))
-    }
-
-    fn is_on(&self, name: &str) -> bool {
-        self.0.get(name).is_some_and(|value| value == b"on")
-    }
-}
-
-fn quote_identifier(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
 }
 
 /// PostgreSQL: src/backend/utils/misc/guc-file.l, DeescapeQuotedString.
@@ -620,10 +445,5 @@ mod tests {
         for name in ["max_connections", "shared_preload_libraries", "port", "password_encryption"] {
             assert!(may_be_copied(name), "{name}");
         }
-    }
-
-    #[test]
-    fn a_roles_name_is_quoted_in_the_statement_that_helps() {
-        assert_eq!(quote_identifier("odd\"name"), "\"odd\"\"name\"");
     }
 }
