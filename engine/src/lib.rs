@@ -1,10 +1,15 @@
 //! pgstrata's engine.
 
+pub mod backup;
 pub mod chunk;
 pub mod error;
 pub mod pg;
 pub mod progress;
 pub mod repo;
+pub mod restore;
+pub mod source;
 pub mod store;
+pub mod target;
+pub mod verify;
 
 pub use error::{Error, ErrorKind, Result};

@@ -276,8 +276,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_position_lies_on_the_timeline_that_contains_it(switches in proptest::collection::vec(0u64..1000, 0..6), lsn in 0u64..1100) {
-            let text: String = switches.iter().enumerate().map(|(i, at)| format!("{}\t{}\n", i + 1, Lsn::new(*at))).collect();
+        fn every_position_lies_on_the_timeline_that_contains_it(
+            switches in proptest::collection::vec(0u64..1000, 0..6),
+            lsn in 0u64..1100,
+        ) {
+            let line = |(i, at): (usize, &u64)| format!("{}\t{}\n", i + 1, Lsn::new(*at));
+            let text: String = switches.iter().enumerate().map(line).collect();
             let timeline = u32::try_from(switches.len()).unwrap() + 1;
             let history = parse(timeline, &text).unwrap();
             let lsn = Lsn::new(lsn);
@@ -287,7 +291,11 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_make_the_parser_panic(timeline: u32, bytes in proptest::collection::vec(any::<u8>(), 0..200), text in "([0-9]{1,4}[\t ][0-9A-F]{1,9}/[0-9A-F]{1,9}.{0,5}\n){0,4}") {
+        fn no_bytes_make_the_parser_panic(
+            timeline: u32,
+            bytes in proptest::collection::vec(any::<u8>(), 0..200),
+            text in "([0-9]{1,4}[\t ][0-9A-F]{1,9}/[0-9A-F]{1,9}.{0,5}\n){0,4}",
+        ) {
             let _ = TimelineHistory::parse(TimelineId::new(timeline), &bytes);
             let _ = TimelineHistory::parse(TimelineId::new(timeline), text.as_bytes());
             let _ = parse_history_file_name(&bytes);

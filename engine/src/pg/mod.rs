@@ -22,4 +22,7 @@ pub use relation::{
     TablespaceOid, is_temp_relation_file_name, parse_relation_file_name,
 };
 pub use relmap::check_relation_map;
-pub use wal::{WalBlockSize, WalSegmentName, WalSegmentNumber, WalSegmentSize};
+pub use wal::{
+    WalBlockSize, WalLongHeader, WalPageHeader, WalRecord, WalSegmentName, WalSegmentNumber, WalSegmentSize, WalSource,
+    WalStep, WalWalker,
+};

@@ -463,7 +463,8 @@ mod tests {
             files.dedup_by(|a, b| a.path == b.path);
             let wal_ranges: Vec<_> = ranges
                 .into_iter()
-                .map(|(tli, start, end)| WalRange { timeline: TimelineId::new(tli), start: Lsn::new(start), end: Lsn::new(end) })
+                .map(|(timeline, start, end)| (TimelineId::new(timeline), Lsn::new(start), Lsn::new(end)))
+                .map(|(timeline, start, end)| WalRange { timeline, start, end })
                 .collect();
             let read = PgBackupManifest::parse(&written(number, &files, &wal_ranges)).unwrap();
             prop_assert_eq!((read.files, read.wal_ranges), (files, wal_ranges));
@@ -474,7 +475,8 @@ mod tests {
         fn no_bytes_make_the_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), body in ".{0,100}") {
             let _ = PgBackupManifest::parse(&bytes);
             let _ = PgBackupManifest::parse(&with_checksum(&body));
-            let _ = PgBackupManifest::parse(&with_checksum(&format!("{{ \"PostgreSQL-Backup-Manifest-Version\": 1, {body}")));
+            let body = format!("{{ \"PostgreSQL-Backup-Manifest-Version\": 1, {body}");
+            let _ = PgBackupManifest::parse(&with_checksum(&body));
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 pub const PART_BLOCKS: u32 = 131_072;
 
 /// Names a data pack from within a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct DataPack {
     /// The run that wrote it.
     pub run: BackupId,

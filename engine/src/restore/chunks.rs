@@ -1,0 +1,404 @@
+//! The data path of a restore: each chunk is read, decompressed and proved once, and its blocks written wherever they belong.
+//!
+//! ```text
+//! for each window of packs:
+//!     flatten the block maps that need them; note for each chunk which of its blocks go where
+//!     in the order of packs and offsets, on any worker: read neighbouring chunks at once; decompress; prove; write
+//! ```
+//!
+//! The plan of a window is bounded by [`MAX_PIECES`], so memory does not grow with the cluster; a cluster of up to a few hundred
+//! gigabytes takes one window. Blocks that are zero are never written: files are made with their length, and stay sparse there.
+//!
+//! Each file's CRC-32C for PostgreSQL's `backup_manifest` is summed up from its pieces in whatever order they come: a CRC is linear, so the
+//! contribution of a piece is its own CRC moved over the bytes that follow it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rayon::prelude::*;
+
+use crate::chunk::{Decoder, Shape};
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::repo::{ChunkRef, DataPack, Depth, FileEntry, Layer, Manifest, PART_BLOCKS, PackKind, PackName, PartMap, Repository};
+use crate::target::{Owner, Target};
+
+/// Pieces of a window at most.
+const MAX_PIECES: usize = 1 << 20;
+/// Bytes read from a pack at once, at most; one chunk may be longer.
+const READ_LEN: u64 = 1 << 20;
+/// Bytes between two chunks that are read rather than skipped.
+const GAP_LEN: u64 = 64 << 10;
+/// Files open for writing.
+const OPEN_FILES: usize = 128;
+
+/// A file to restore.
+pub(super) struct TargetFile {
+    /// What the backup says of it.
+    pub entry: FileEntry,
+    /// Owner and mode in the target.
+    pub owner: Owner,
+    made: AtomicBool,
+    crc: AtomicU32,
+}
+
+impl TargetFile {
+    /// A file that is not made yet.
+    pub fn new(entry: FileEntry, owner: Owner) -> Self {
+        Self { entry, owner, made: AtomicBool::new(false), crc: AtomicU32::new(0) }
+    }
+
+    /// The CRC-32C of the file, once all of its pieces are written.
+    pub fn crc32c(&self) -> u32 {
+        // Of an all-zero file, then of what is not zero in it.
+        let zeros = shift(!0, self.entry.len);
+        !(zeros ^ self.crc.load(Ordering::Relaxed))
+    }
+
+    fn add_to_crc(&self, offset: u64, bytes: &[u8]) {
+        let own = !crc32c::crc32c_append(!0, bytes);
+        let moved = shift(own, self.entry.len - offset - bytes.len() as u64);
+        self.crc.fetch_xor(moved, Ordering::Relaxed);
+    }
+}
+
+/// The state of a CRC-32C after `len` more zero bytes.
+fn shift(crc: u32, len: u64) -> u32 {
+    crc32c::crc32c_combine(crc, 0, usize::try_from(len).unwrap_or(usize::MAX))
+}
+
+/// Blocks of a chunk that go to a file.
+#[derive(Clone, Copy)]
+struct Piece {
+    file: u32,
+    /// First block in the file.
+    block: u64,
+    /// First block in the chunk.
+    first: u16,
+    count: u16,
+}
+
+/// A chunk and where its blocks go.
+struct Job {
+    pack: DataPack,
+    chunk: ChunkRef,
+    pieces: Vec<Piece>,
+}
+
+/// Writes the blocks of all files.
+pub(super) struct Writer<'a> {
+    /// Where the chunks are.
+    pub repo: &'a Repository,
+    /// The backup.
+    pub manifest: &'a Manifest,
+    /// Where the files go.
+    pub target: &'a Target,
+    /// The files.
+    pub files: &'a [TargetFile],
+    /// Number of workers.
+    pub jobs: usize,
+    /// Who watches.
+    pub progress: &'a dyn Progress,
+    /// Bytes read from the repository.
+    pub bytes_read: &'a AtomicU64,
+}
+
+impl Writer<'_> {
+    /// Writes everything, and makes every file, the empty ones too.
+    pub fn run(&self) -> Result<()> {
+        match self.plan(None)? {
+            Some(jobs) => self.write(&jobs)?,
+            None => {
+                for window in self.windows()? {
+                    let jobs = self.plan(Some(&window))?;
+                    self.write(&jobs.ok_or_else(|| Error::bug("a window without a plan"))?)?;
+                }
+            }
+        }
+        let left = self.files.par_iter().filter(|file| !file.made.load(Ordering::Relaxed));
+        left.map(|file| self.make(file).map(drop)).collect()
+    }
+
+    fn make(&self, file: &TargetFile) -> Result<File> {
+        file.made.store(true, Ordering::Relaxed);
+        self.target.make_file(&file.entry.path, file.entry.len, file.owner)
+    }
+
+    /// Each part that needs a pack of the window, with its flattened map.
+    fn flattened<'w>(
+        &'w self,
+        window: Option<&'w [DataPack]>,
+    ) -> impl ParallelIterator<Item = Result<(u32, u64, Layer)>> + 'w {
+        let needs = move |part: &PartMap| {
+            let wanted = |pack: &PackName| window.is_none_or(|window| window.binary_search(&data_pack(pack)).is_ok());
+            part.data.iter().any(wanted)
+        };
+        self.files.par_iter().enumerate().flat_map_iter(move |(index, file)| {
+            let parts = file.entry.parts.iter().enumerate().filter(move |(_, part)| needs(part));
+            parts.map(move |(number, part)| {
+                let flat = self.repo.flatten(self.manifest, part, Depth::Locations)?;
+                Ok((index as u32, number as u64 * u64::from(PART_BLOCKS), flat))
+            })
+        })
+    }
+
+    /// The chunks of a window of packs and their pieces; `None` if they are too many, which they may not be in a given window.
+    fn plan(&self, window: Option<&[DataPack]>) -> Result<Option<Vec<Job>>> {
+        let count = AtomicUsize::new(0);
+        let too_many = || window.is_none() && count.load(Ordering::Relaxed) > MAX_PIECES;
+        let parts = self.flattened(window).map(|flattened| {
+            let (file, first_block, layer) = flattened?;
+            count.fetch_add(layer.locations.extents.len(), Ordering::Relaxed);
+            Ok(if too_many() { Vec::new() } else { pieces(file, first_block, &layer, window) })
+        });
+        let parts: Vec<Vec<(DataPack, ChunkRef, Piece)>> = parts.collect::<Result<_>>()?;
+        if too_many() {
+            return Ok(None);
+        }
+        let mut all: Vec<_> = parts.into_iter().flatten().collect();
+        all.par_sort_unstable_by_key(|(pack, chunk, piece)| (*pack, chunk.offset, piece.first, piece.file, piece.block));
+        let mut jobs: Vec<Job> = Vec::new();
+        for (pack, chunk, piece) in all {
+            match jobs.last_mut() {
+                Some(job) if job.pack == pack && job.chunk.offset == chunk.offset => {
+                    if (job.chunk.id, job.chunk.stored_len) != (chunk.id, chunk.stored_len) {
+                        let object = data_object(self.manifest, pack)?;
+                        let what = "two block maps disagree about a chunk";
+                        return Err(Error::corrupt(format!("{object} at {}", chunk.offset), what));
+                    }
+                    job.pieces.push(piece);
+                }
+                _ => jobs.push(Job { pack, chunk, pieces: vec![piece] }),
+            }
+        }
+        Ok(Some(jobs))
+    }
+
+    /// Packs in order, cut so that each window's pieces are few enough; one pack makes a window, however many it has.
+    fn windows(&self) -> Result<Vec<Vec<DataPack>>> {
+        let counts = self.flattened(None).map(|flattened| {
+            let mut counts = BTreeMap::new();
+            let locations = flattened?.2.locations;
+            for chunk in locations.extents.iter().filter_map(|extent| extent.chunk()) {
+                *counts.entry(locations.packs[locations.chunks[chunk].pack as usize]).or_insert(0) += 1;
+            }
+            Ok(counts)
+        });
+        let add = |mut all: BTreeMap<DataPack, usize>, more: BTreeMap<DataPack, usize>| {
+            for (pack, count) in more {
+                *all.entry(pack).or_insert(0) += count;
+            }
+            Ok(all)
+        };
+        let counts = counts.try_reduce(BTreeMap::new, add)?;
+        let mut windows: Vec<Vec<DataPack>> = Vec::new();
+        let mut room = 0;
+        for (pack, count) in counts {
+            match windows.last_mut() {
+                Some(window) if count <= room => window.push(pack),
+                _ => {
+                    windows.push(vec![pack]);
+                    room = MAX_PIECES;
+                }
+            }
+            room = room.saturating_sub(count);
+        }
+        Ok(windows)
+    }
+
+    fn write(&self, jobs: &[Job]) -> Result<()> {
+        let batches = batches(jobs);
+        let next = AtomicUsize::new(0);
+        let failed = AtomicBool::new(false);
+        let open = OpenFiles::default();
+        let work = || {
+            let mut worker = Worker { writer: self, open: &open, decoder: Decoder::new()?, stored: Vec::new() };
+            while !failed.load(Ordering::Relaxed)
+                && let Some(batch) = batches.get(next.fetch_add(1, Ordering::Relaxed))
+            {
+                worker.write(&jobs[batch.clone()]).inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
+            }
+            Ok(())
+        };
+        let outcomes: Vec<Result<()>> = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..self.jobs.min(batches.len())).map(|_| scope.spawn(work)).collect();
+            let panicked = |_| Err(Error::bug("a worker panicked"));
+            workers.into_iter().map(|worker| worker.join().unwrap_or_else(panicked)).collect()
+        });
+        outcomes.into_iter().collect()
+    }
+}
+
+fn data_pack(name: &PackName) -> DataPack {
+    DataPack { run: name.run, seq: name.seq }
+}
+
+fn data_object(manifest: &Manifest, pack: DataPack) -> Result<crate::store::ObjectName> {
+    PackName { run: pack.run, seq: pack.seq, kind: PackKind::Data }.object(&manifest.cluster)
+}
+
+/// The pieces of a flattened part that are in packs of the window.
+fn pieces(
+    file: u32,
+    first_block: u64,
+    layer: &Layer,
+    window: Option<&[DataPack]>,
+) -> Vec<(DataPack, ChunkRef, Piece)> {
+    let locations = &layer.locations;
+    let piece = |extent: &crate::repo::Extent| {
+        let chunk = locations.chunks[extent.chunk()?];
+        let pack = locations.packs[chunk.pack as usize];
+        let wanted = window.is_none_or(|window| window.binary_search(&pack).is_ok());
+        let count = u16::try_from(extent.count).unwrap_or(u16::MAX);
+        let piece = Piece { file, block: first_block + u64::from(extent.start), first: extent.first, count };
+        wanted.then_some((pack, chunk, piece))
+    };
+    locations.extents.iter().filter_map(piece).collect()
+}
+
+/// Runs of jobs that are read at once.
+fn batches(jobs: &[Job]) -> Vec<std::ops::Range<usize>> {
+    let mut batches: Vec<std::ops::Range<usize>> = Vec::new();
+    let mut begin = 0;
+    let mut end = 0;
+    for (index, Job { pack, chunk, .. }) in jobs.iter().enumerate() {
+        let chunk_end = chunk.offset + u64::from(chunk.stored_len);
+        match batches.last_mut() {
+            Some(batch)
+                if jobs[batch.start].pack == *pack && chunk.offset <= end + GAP_LEN && chunk_end - begin <= READ_LEN =>
+            {
+                batch.end = index + 1;
+            }
+            _ => {
+                batches.push(index..index + 1);
+                begin = chunk.offset;
+            }
+        }
+        end = chunk_end;
+    }
+    batches
+}
+
+/// Files open for writing, the most recent ones.
+#[derive(Default)]
+struct OpenFiles {
+    open: Mutex<VecDeque<(u32, Arc<File>)>>,
+}
+
+impl OpenFiles {
+    /// The file, opened or made if it is not among the open ones.
+    fn get(&self, writer: &Writer<'_>, index: u32) -> Result<Arc<File>> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, file)) = open.iter().rev().find(|(known, _)| *known == index) {
+            return Ok(Arc::clone(file));
+        }
+        let target = &writer.files[index as usize];
+        let made = target.made.load(Ordering::Relaxed);
+        let file = if made { writer.target.open_file(&target.entry.path)? } else { writer.make(target)? };
+        let file = Arc::new(file);
+        if open.len() == OPEN_FILES {
+            open.pop_front();
+        }
+        open.push_back((index, Arc::clone(&file)));
+        Ok(file)
+    }
+}
+
+struct Worker<'w, 'a> {
+    writer: &'w Writer<'a>,
+    open: &'w OpenFiles,
+    decoder: Decoder,
+    stored: Vec<u8>,
+}
+
+impl Worker<'_, '_> {
+    /// Reads a batch and writes its pieces.
+    fn write(&mut self, batch: &[Job]) -> Result<()> {
+        let [first, .., last] = batch else {
+            return batch.first().map_or(Ok(()), |only| self.write_range(batch, only, only));
+        };
+        self.write_range(batch, first, last)
+    }
+
+    fn write_range(&mut self, batch: &[Job], first: &Job, last: &Job) -> Result<()> {
+        let begin = first.chunk.offset;
+        let len = last.chunk.offset + u64::from(last.chunk.stored_len) - begin;
+        let object = data_object(self.writer.manifest, first.pack)?;
+        self.stored.resize(usize::try_from(len).map_err(|_| Error::bug("a batch of 4 GiB"))?, 0);
+        self.writer.repo.store().get_range(&object, begin, &mut self.stored)?;
+        self.writer.bytes_read.fetch_add(len, Ordering::Relaxed);
+        for job in batch {
+            let from = usize::try_from(job.chunk.offset - begin).map_err(|_| Error::bug("a batch of 4 GiB"))?;
+            self.write_chunk(job, from, object.as_str())?;
+        }
+        Ok(())
+    }
+
+    fn write_chunk(&mut self, job: &Job, from: usize, object: &str) -> Result<()> {
+        let block_len = self.writer.manifest.block_len();
+        let shape = Shape { block_len, block_count: usize::from(job.chunk.block_count) };
+        let stored = &self.stored[from..from + job.chunk.stored_len as usize];
+        let decoded = self.decoder.decode(job.chunk.codec, stored, shape, job.chunk.id);
+        let (raw, _) = decoded.map_err(|error| self.hurt(job, object, error))?;
+        for piece in &job.pieces {
+            let file = &self.writer.files[piece.file as usize];
+            let blocks = &raw[usize::from(piece.first) * block_len..][..usize::from(piece.count) * block_len];
+            let offset = piece.block * block_len as u64;
+            let len = usize::try_from(file.entry.len.saturating_sub(offset)).unwrap_or(usize::MAX).min(blocks.len());
+            let bytes = &blocks[..len];
+            let written = self.open.get(self.writer, piece.file)?.write_all_at(bytes, offset);
+            written.map_err(|e| Error::io("write", file.entry.display_path().as_ref(), e))?;
+            file.add_to_crc(offset, bytes);
+            self.writer.progress.advance(len as u64);
+        }
+        Ok(())
+    }
+
+    /// The error of a damaged chunk, with what it hurts.
+    fn hurt(&self, job: &Job, object: &str, error: Error) -> Error {
+        let piece = job.pieces.first();
+        let file = piece.map(|piece| self.writer.files[piece.file as usize].entry.display_path()).unwrap_or_default();
+        let block = piece.map_or(0, |piece| piece.block);
+        let what = format!("{}; {file} has its block {block} there", error.what());
+        let hint = "`pgstrata verify` tells which backups are hurt; restore another one";
+        Error::corrupt(format!("{object} at {}", job.chunk.offset), what).hint(hint)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::repo::FileKind;
+
+    proptest! {
+        #[test]
+        fn the_crc_of_a_file_is_that_of_its_pieces_in_any_order(
+            bytes in prop::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 0..300),
+            cuts in prop::collection::vec(1usize..40, 0..20),
+            backwards: bool,
+        ) {
+            let len = bytes.len() as u64;
+            let entry = FileEntry { path: Vec::new(), kind: FileKind::File, mode: 0, uid: 0, gid: 0, len, parts: Vec::new() };
+            let file = TargetFile::new(entry, Owner { uid: 0, gid: 0, mode: 0 });
+            let mut pieces = Vec::new();
+            let mut at = 0;
+            for cut in cuts.into_iter().chain([bytes.len()]) {
+                let end = (at + cut).min(bytes.len());
+                pieces.push((at as u64, &bytes[at..end]));
+                at = end;
+            }
+            if backwards {
+                pieces.reverse();
+            }
+            for (offset, piece) in pieces.into_iter().filter(|(_, piece)| piece.iter().any(|byte| *byte != 0)) {
+                file.add_to_crc(offset, piece);
+            }
+            prop_assert_eq!(file.crc32c(), crc32c::crc32c(&bytes));
+        }
+    }
+}
