@@ -568,13 +568,18 @@ impl<'r, 'p> Run<'r, 'p> {
         })
     }
 
-    fn copy_wal(&mut self, bounds: &Bounds) -> Result<Vec<FileEntry>> {
-        let range = WalRange {
+    fn wal_range(&self, bounds: &Bounds) -> WalRange {
+        WalRange {
             start: bounds.start,
             stop: bounds.stop,
             timeline: bounds.timeline,
             segment_size: self.plan.control.wal_segment_size,
-        };
+            at_rest: bounds.backup_label.is_none(),
+        }
+    }
+
+    fn copy_wal(&mut self, bounds: &Bounds) -> Result<Vec<FileEntry>> {
+        let range = self.wal_range(bounds);
         let data_dir = self.plan.source.data_dir();
         let items = wal::items(data_dir, range)?;
         wal::prove(data_dir, range, &self.plan.control)?;
@@ -664,6 +669,7 @@ impl<'r, 'p> Run<'r, 'p> {
             stop_lsn: bounds.stop,
             start_timeline: bounds.start_timeline,
             timeline: bounds.timeline,
+            wal: wal::spans(self.plan.source.data_dir(), self.wal_range(&bounds))?,
             start_time: self.start_time,
             stop_time: Timestamp::now(),
             from_standby: bounds.from_standby,

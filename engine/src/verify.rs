@@ -80,3 +80,399 @@ pub struct Damage {
     /// Their files that need the damaged place, the first hundred.
     pub files: Vec<String>,
 }
+
+/// Verifies one backup, or `all` of a cluster.
+///
+/// # Errors
+/// What stops verifying; damage is in the report.
+pub fn run(
+    repo: &Repository,
+    cluster: &ClusterName,
+    backup: &str,
+    options: &Options,
+    progress: &dyn Progress,
+) -> Result<Report> {
+    let begun = Instant::now();
+    let mut verifier = Verifier::new(repo, cluster, backup)?;
+    verifier.check_presence()?;
+    verifier.read_tables()?;
+    if !options.quick {
+        let processors = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let jobs = options.jobs.unwrap_or(processors).get();
+        let threads = rayon::ThreadPoolBuilder::new().num_threads(jobs).build();
+        let threads = threads.map_err(|e| Error::new(ErrorKind::Unavailable, "cannot start threads").because(e))?;
+        threads.install(|| verifier.check_contents(jobs, progress))?;
+    }
+    Ok(verifier.report(begun))
+}
+
+/// A distinct stack of layers, and the files that have it.
+struct Stack {
+    /// A manifest that needs it.
+    manifest: usize,
+    layers: Vec<LayerPlace>,
+    data: Vec<PackName>,
+    users: Vec<User>,
+}
+
+/// A file of some backups.
+#[derive(Clone)]
+struct User {
+    path: Vec<u8>,
+    page: usize,
+}
+
+/// A chunk that block maps need.
+struct Needed {
+    chunk: ChunkRef,
+    fingerprints: Vec<Option<Fingerprint>>,
+    stacks: Vec<usize>,
+}
+
+#[derive(Default)]
+struct Finding {
+    problems: BTreeSet<String>,
+    backups: BTreeSet<usize>,
+    files: BTreeSet<Vec<u8>>,
+}
+
+struct Verifier<'r> {
+    repo: &'r Repository,
+    cluster: ClusterName,
+    backups: Vec<(BackupSummary, Manifest)>,
+    unreadable: Vec<Damage>,
+    /// The needed packs, with the length that they must have and the backups that need them.
+    packs: BTreeMap<PackName, (u64, Vec<usize>)>,
+    /// Packs that are not there, or not whole.
+    absent: BTreeSet<PackName>,
+    /// For each distinct page of the file tables, the backups that have it.
+    pages: Vec<Vec<usize>>,
+    stacks: Vec<Stack>,
+    findings: Mutex<BTreeMap<String, Finding>>,
+    objects_checked: AtomicU64,
+    bytes_read: AtomicU64,
+}
+
+impl<'r> Verifier<'r> {
+    fn new(repo: &'r Repository, cluster: &ClusterName, backup: &str) -> Result<Self> {
+        let catalog = repo.catalog(cluster)?;
+        let mut unreadable = Vec::new();
+        let chosen = if backup == "all" {
+            unreadable.extend(catalog.damaged().iter().map(|(object, error)| Damage {
+                object: object.to_string(),
+                problem: error.to_string(),
+                backups: object.as_str().rsplit('/').next().map(str::to_owned).into_iter().collect(),
+                files: Vec::new(),
+            }));
+            catalog.backups().to_vec()
+        } else {
+            vec![catalog.select(backup)?]
+        };
+        let with_manifest = |backup: BackupSummary| {
+            let manifest = repo.manifest(cluster, backup.id)?;
+            Ok((backup, manifest))
+        };
+        let backups: Vec<_> = chosen.into_iter().map(with_manifest).collect::<Result<_>>()?;
+        let mut packs: BTreeMap<PackName, (u64, Vec<usize>)> = BTreeMap::new();
+        for (index, (_, manifest)) in backups.iter().enumerate() {
+            for PackInfo { name, len } in &manifest.packs {
+                packs.entry(*name).or_insert((*len, Vec::new())).1.push(index);
+            }
+        }
+        let objects_checked = AtomicU64::new((backups.len() + unreadable.len()) as u64);
+        Ok(Self {
+            repo,
+            cluster: cluster.clone(),
+            backups,
+            unreadable,
+            packs,
+            absent: BTreeSet::new(),
+            pages: Vec::new(),
+            stacks: Vec::new(),
+            findings: Mutex::default(),
+            objects_checked,
+            bytes_read: AtomicU64::new(0),
+        })
+    }
+
+    fn found(&self, object: &str, problem: String, backups: &[usize], files: &[&[u8]]) {
+        let mut findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
+        let finding = findings.entry(object.to_owned()).or_default();
+        finding.problems.insert(problem);
+        finding.backups.extend(backups);
+        finding.files.extend(files.iter().map(|path| path.to_vec()));
+    }
+
+    /// Notes an error that is damage; passes on one that stops verifying.
+    fn note(&self, object: &str, error: Error, backups: &[usize], files: &[&[u8]]) -> Result<()> {
+        match error.kind() {
+            ErrorKind::Corrupt | ErrorKind::Missing | ErrorKind::Unsupported => {
+                self.found(object, error.to_string(), backups, files);
+                Ok(())
+            }
+            _ => Err(error),
+        }
+    }
+
+    /// Looks whether each pack is there, with its length.
+    fn check_presence(&mut self) -> Result<()> {
+        let present = self.repo.packs(&self.cluster)?;
+        for (name, (len, users)) in &self.packs {
+            let object = name.object(&self.cluster)?;
+            let problem = match present.get(&object) {
+                Some(found) if found == len => continue,
+                Some(found) => format!("the pack has {found} bytes instead of {len}"),
+                None => "the pack is missing".to_owned(),
+            };
+            self.found(object.as_str(), problem, users, &[]);
+            self.absent.insert(*name);
+        }
+        self.objects_checked.fetch_add(self.packs.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Reads every distinct page of the file tables and gathers the block maps.
+    fn read_tables(&mut self) -> Result<()> {
+        let mut known_pages = HashMap::new();
+        let mut known_stacks: HashMap<(PackName, u64), usize> = HashMap::new();
+        for index in 0..self.backups.len() {
+            for page_number in 0..self.backups[index].1.pages.len() {
+                let page = &self.backups[index].1.pages[page_number];
+                let key = (page.place.pack, page.place.offset);
+                if let Some(known) = known_pages.get(&key) {
+                    let known: &usize = known;
+                    self.pages[*known].push(index);
+                    continue;
+                }
+                let number = self.pages.len();
+                known_pages.insert(key, number);
+                let read = read_page(&**self.repo.store(), &self.cluster, page);
+                let object = page.place.pack.object(&self.cluster)?;
+                self.pages.push(vec![index]);
+                match read {
+                    Ok(page) => self.gather(index, number, page.entries, &mut known_stacks),
+                    Err(error) => {
+                        let users = self.packs.get(&key.0).map_or(&[][..], |(_, users)| users);
+                        self.note(object.as_str(), error, users, &[])?;
+                    }
+                }
+            }
+        }
+        self.name_files_of_absent_packs()
+    }
+
+    fn gather(
+        &mut self,
+        manifest: usize,
+        page: usize,
+        entries: Vec<FileEntry>,
+        known: &mut HashMap<(PackName, u64), usize>,
+    ) {
+        for FileEntry { path, parts, .. } in entries {
+            for part in parts {
+                let Some(top) = part.layers.first() else { continue };
+                let user = User { path: path.clone(), page };
+                let stack = *known.entry((top.pack, top.offset)).or_insert_with(|| {
+                    let (layers, data) = (part.layers.clone(), part.data.clone());
+                    self.stacks.push(Stack { manifest, layers, data, users: Vec::new() });
+                    self.stacks.len() - 1
+                });
+                self.stacks[stack].users.push(user);
+            }
+        }
+    }
+
+    fn name_files_of_absent_packs(&self) -> Result<()> {
+        for stack in &self.stacks {
+            let needed = stack.data.iter().copied().chain(stack.layers.iter().map(|layer| layer.pack));
+            for pack in needed.filter(|pack| self.absent.contains(pack)) {
+                let (backups, files) = self.hurt(stack);
+                let object = pack.object(&self.cluster)?;
+                let mut findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
+                let finding = findings.entry(object.to_string()).or_default();
+                finding.backups.extend(&backups);
+                finding.files.extend(files.iter().map(|path| path.to_vec()));
+            }
+        }
+        Ok(())
+    }
+
+    /// The backups and files that a damaged block map or chunk of a stack hurts.
+    fn hurt<'s>(&self, stack: &'s Stack) -> (Vec<usize>, Vec<&'s [u8]>) {
+        let backups = stack.users.iter().flat_map(|user| self.pages[user.page].iter().copied()).collect();
+        (backups, stack.users.iter().map(|user| user.path.as_slice()).collect())
+    }
+
+    /// Reads and proves every pack that is there.
+    fn check_contents(&self, jobs: usize, progress: &dyn Progress) -> Result<()> {
+        let present = self.packs.iter().filter(|(name, _)| !self.absent.contains(name));
+        let (data, map): (Vec<_>, Vec<_>) =
+            present.map(|(name, (len, _))| (*name, *len)).partition(|(name, _)| name.kind == PackKind::Data);
+        progress.begin(Phase::Verifying, data.iter().chain(&map).map(|(_, len)| len).sum());
+        map.par_iter().map(|(name, len)| self.check_map_pack(*name, *len, progress)).collect::<Result<()>>()?;
+        for window in data.chunks(jobs.max(8)) {
+            let needed = self.needed(window)?;
+            window.par_iter().map(|(name, len)| self.check_data_pack(*name, *len, &needed, progress)).collect::<Result<()>>()?;
+        }
+        Ok(())
+    }
+
+    fn check_map_pack(&self, name: PackName, len: u64, progress: &dyn Progress) -> Result<()> {
+        let object = name.object(&self.cluster)?;
+        let users = &self.packs[&name].1;
+        let checked = check_pack(&**self.repo.store(), &object, name.kind, len, |record| {
+            progress.advance(record.bytes.len() as u64);
+            if !record.sound {
+                let problem = format!("the metadata record at {} does not match its checksum", record.offset);
+                self.found(object.as_str(), problem, users, &[]);
+            }
+            Ok(())
+        });
+        self.bytes_read.fetch_add(len, Ordering::Relaxed);
+        checked.or_else(|error| self.note(object.as_str(), error, users, &[]))
+    }
+
+    /// The chunks of some packs that block maps need.
+    fn needed(&self, window: &[(PackName, u64)]) -> Result<HashMap<(PackName, u64), Needed>> {
+        let wanted = |pack: &PackName| window.binary_search_by(|(name, _)| name.cmp(pack)).is_ok();
+        let flattened = self.stacks.par_iter().enumerate().filter(|(_, stack)| stack.data.iter().any(wanted));
+        let flattened = flattened.map(|(index, stack)| Ok((index, self.flatten(stack)?)));
+        let mut needed: HashMap<(PackName, u64), Needed> = HashMap::new();
+        for (index, layer) in flattened.collect::<Result<Vec<_>>>()? {
+            let Some(layer) = layer else { continue };
+            let mut fingerprints = layer.fingerprints.as_slice();
+            for extent in layer.locations.extents.iter().filter(|extent| extent.source != 0) {
+                let (these, rest) = fingerprints.split_at(extent.count as usize);
+                fingerprints = rest;
+                let Some(chunk) = extent.chunk().map(|chunk| layer.locations.chunks[chunk]) else { continue };
+                let DataPack { run, seq } = layer.locations.packs[chunk.pack as usize];
+                let pack = PackName { run, seq, kind: PackKind::Data };
+                if !wanted(&pack) {
+                    continue;
+                }
+                let entry = needed.entry((pack, chunk.offset)).or_insert_with(|| Needed {
+                    chunk,
+                    fingerprints: vec![None; usize::from(chunk.block_count)],
+                    stacks: Vec::new(),
+                });
+                if entry.stacks.last() != Some(&index) {
+                    entry.stacks.push(index);
+                }
+                let same = (entry.chunk.id, entry.chunk.stored_len) == (chunk.id, chunk.stored_len)
+                    && these.iter().zip(usize::from(extent.first)..).all(|(fingerprint, block)| {
+                        let known = entry.fingerprints[block].get_or_insert(*fingerprint);
+                        known == fingerprint
+                    });
+                if !same {
+                    let object = pack.object(&self.cluster)?;
+                    let (backups, files) = self.hurt(&self.stacks[index]);
+                    let problem = format!("two block maps disagree about the chunk at {}", chunk.offset);
+                    self.found(object.as_str(), problem, &backups, &files);
+                }
+            }
+        }
+        Ok(needed)
+    }
+
+    /// The flattened block map of a stack; `None` if it is damaged, which is noted.
+    fn flatten(&self, stack: &Stack) -> Result<Option<Layer>> {
+        let manifest = &self.backups[stack.manifest].1;
+        let part = crate::repo::PartMap { layers: stack.layers.clone(), data: Vec::new() };
+        let flat = self.repo.flatten(manifest, &part, Depth::Fingerprints);
+        let damaged = match flat {
+            Ok(layer) if layer.locations.stored_blocks() == layer.fingerprints.len() as u64 => return Ok(Some(layer)),
+            Ok(_) => Error::new(ErrorKind::Corrupt, "a block map has lost its fingerprints"),
+            Err(error) => error,
+        };
+        let object = damaged.place().and_then(|place| place.split(' ').next()).map(str::to_owned);
+        let object = match object {
+            Some(object) if object.contains('/') => object,
+            _ => stack.layers[0].pack.object(&self.cluster)?.to_string(),
+        };
+        let (backups, files) = self.hurt(stack);
+        self.note(&object, damaged, &backups, &files)?;
+        Ok(None)
+    }
+
+    fn check_data_pack(
+        &self,
+        name: PackName,
+        len: u64,
+        needed: &HashMap<(PackName, u64), Needed>,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let object = name.object(&self.cluster)?;
+        let users = &self.packs[&name].1;
+        let mut decoder = Decoder::new()?;
+        let mut seen = 0;
+        let checked = check_pack(&**self.repo.store(), &object, name.kind, len, |record| {
+            progress.advance(record.bytes.len() as u64);
+            let Some(needed) = needed.get(&(name, record.offset)) else {
+                if !record.sound {
+                    let problem = format!("the chunk at {} does not match its checksum", record.offset);
+                    self.found(object.as_str(), problem, users, &[]);
+                }
+                return Ok(());
+            };
+            seen += 1;
+            let problem = if record.sound { self.prove(needed, record.bytes, &mut decoder) } else { Some("does not match its checksum".to_owned()) };
+            if let Some(problem) = problem {
+                self.hurt_by_chunk(object.as_str(), record.offset, &problem, needed);
+            }
+            Ok(())
+        });
+        self.bytes_read.fetch_add(len, Ordering::Relaxed);
+        if let Err(error) = checked {
+            return self.note(object.as_str(), error, users, &[]);
+        }
+        if seen < needed.keys().filter(|(pack, _)| *pack == name).count() {
+            self.found(object.as_str(), "a block map names a chunk that the pack does not have".to_owned(), users, &[]);
+        }
+        Ok(())
+    }
+
+    /// What is wrong with a needed chunk.
+    fn prove(&self, needed: &Needed, stored: &[u8], decoder: &mut Decoder) -> Option<String> {
+        let Needed { chunk, fingerprints, stacks } = needed;
+        if stored.len() != chunk.stored_len as usize {
+            return Some(format!("has {} bytes instead of {}", stored.len(), chunk.stored_len));
+        }
+        let block_len = stacks.first().map_or(0, |stack| self.backups[self.stacks[*stack].manifest].1.block_len());
+        let shape = Shape { block_len, block_count: usize::from(chunk.block_count) };
+        let found = match decoder.decode(chunk.codec, stored, shape, chunk.id) {
+            Ok((_, found)) => found,
+            Err(error) => return Some(error.to_string()),
+        };
+        let same = fingerprints.iter().zip(found).all(|(needed, found)| needed.is_none_or(|needed| needed == *found));
+        (!same).then(|| "has other blocks than a block map says".to_owned())
+    }
+
+    fn hurt_by_chunk(&self, object: &str, offset: u64, problem: &str, needed: &Needed) {
+        for stack in &needed.stacks {
+            let (backups, files) = self.hurt(&self.stacks[*stack]);
+            self.found(object, format!("the chunk at {offset} {problem}"), &backups, &files);
+        }
+    }
+
+    fn report(self, begun: Instant) -> Report {
+        let findings = self.findings.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let hurt: BTreeSet<usize> = findings.values().flat_map(|finding| &finding.backups).copied().collect();
+        let name = |path: Vec<u8>| String::from_utf8_lossy(&path).into_owned();
+        let damage = findings.into_iter().map(|(object, finding)| Damage {
+            object,
+            problem: finding.problems.into_iter().collect::<Vec<_>>().join("; "),
+            backups: finding.backups.iter().map(|index| self.backups[*index].0.id.to_string()).collect(),
+            files: finding.files.into_iter().take(MAX_FILES).map(name).collect(),
+        });
+        let damage = self.unreadable.into_iter().chain(damage).collect();
+        let verified = |(index, (backup, _))| VerifiedBackup { backup, ok: !hurt.contains(&index) };
+        Report {
+            backups: self.backups.into_iter().enumerate().map(verified).collect(),
+            damage,
+            objects_checked: self.objects_checked.into_inner(),
+            seconds: begun.elapsed().as_secs_f64(),
+            bytes_read: self.bytes_read.into_inner(),
+            bytes_written: 0,
+        }
+    }
+}
