@@ -1,4 +1,13 @@
 //! PostgreSQL's bytes, no I/O.
+//!
+//! Each module reads one thing that PostgreSQL writes, and says in its header how it looks, where PostgreSQL's source
+//! defines it, and what goes wrong with it. All of them take bytes that somebody else has read, trust none of them, and
+//! never panic on any. A value that leaves this room has a type that says what it is: an [`Lsn`], a [`BlockNumber`],
+//! a [`WalSegmentSize`].
+//!
+//! What is damaged is an error of kind Corrupt that names the place; what may be torn because the server is writing
+//! it (pg_control, the relation maps, pages) is so, too: this room cannot tell the two apart, its caller reads again.
+//! A version that was not compared with its source is Unsupported, never guessed.
 
 mod backup_label;
 mod bytes;
