@@ -158,6 +158,10 @@ fn connect_hint(code: &SqlState, endpoint: &Endpoint, parameters: &ConnectionPar
 }
 
 fn password_hint(endpoint: &Endpoint, parameters: &ConnectionParameters) -> String {
+    // The only notices that reading the parameters gives are about a password file that is not used.
+    if !parameters.notices.is_empty() {
+        return parameters.notices.join("; ");
+    }
     let host = match &endpoint.address {
         Address::Socket(_) => "localhost",
         Address::Tcp { host, .. } => host,
