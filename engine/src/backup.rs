@@ -26,6 +26,7 @@ mod wal;
 
 use std::fmt;
 use std::num::{NonZeroU64, NonZeroUsize};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -45,10 +46,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{BackupLabel, ClusterState, ControlFile, Lsn, RelationFile, TimelineId};
 use crate::progress::{Phase, Progress};
 use crate::repo::{
-    BackupId, BackupSummary, BackupType, ByteString, Catalog, ClusterName, CorruptPage, FORMAT_VERSION, FileEntry, FileKind,
-    Manifest, PackInfo, PackKind, PackName, Packer, PagePlace, Repository, Setting, TableWriter, TablespaceLocation, read_page,
+    BackupId, BackupSummary, BackupType, ByteString, Catalog, ClusterName, CorruptPage, FORMAT_VERSION, FileEntry,
+    FileKind, Manifest, PackInfo, PackKind, PackName, Packer, PagePlace, Repository, Setting, TableWriter,
+    TablespaceLocation, WalSpan, read_page,
 };
-use crate::source::{DataDir, Entry, EntryKind, Environment, Listing, Session};
+use crate::source::{DataDir, Entry, EntryKind, Environment, FileSetting, Listing, Session, Tablespace};
 
 /// How long the server may take to write the WAL of the backup's end to disk.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(60);
@@ -178,7 +180,13 @@ impl fmt::Display for Plan<'_> {
             Some(parent) => write!(f, "\n  compared with {} ({})", parent.id, parent.backup_type)?,
             None => write!(f, "\n  compared with nothing: {}", self.detector_reason)?,
         }
-        write!(f, "\n  stored in {} as cluster {}, {}", self.repo.place(), self.options.cluster, self.options.compression)
+        write!(
+            f,
+            "\n  stored in {} as cluster {}, {}",
+            self.repo.place(),
+            self.options.cluster,
+            self.options.compression
+        )
     }
 }
 
@@ -255,11 +263,12 @@ fn open_source(options: &Options) -> Result<Source> {
 fn must_belong_together(session: &Session, data_dir: &DataDir) -> Result<()> {
     let server = session.server();
     let (_, control) = data_dir.read_control()?;
-    let (ours, theirs) = (control.system_identifier.as_u64(), server.system_identifier);
+    let (ours, theirs) = (control.system_identifier, server.system_identifier);
     let here = data_dir.path().display();
     let hint = "give the directory of the server that -d names, or reach the server of that directory with -d";
     if ours != theirs {
-        let what = format!("{here} is the cluster {ours}, but the server at {} is the cluster {theirs}", session.endpoint());
+        let what =
+            format!("{here} is the cluster {ours}, but the server at {} is the cluster {theirs}", session.endpoint());
         return Err(Error::invalid(what).hint(hint));
     }
     if data_dir.is_same_directory(&server.data_directory)? {
@@ -301,7 +310,8 @@ fn must_be_the_same_cluster(catalog: &Catalog, control: &ControlFile) -> Result<
         other.system_identifier,
         name = name.to_string(),
     );
-    Err(Error::new(ErrorKind::Conflict, what).hint("give this cluster a name of its own with --cluster, or use another repository"))
+    Err(Error::new(ErrorKind::Conflict, what)
+        .hint("give this cluster a name of its own with --cluster, or use another repository"))
 }
 
 impl Plan<'_> {
@@ -367,6 +377,17 @@ struct Bounds {
     from_standby: bool,
 }
 
+/// Everything that a backup found, before it is committed.
+struct Found {
+    entries: Vec<FileEntry>,
+    listing: Listing,
+    bounds: Bounds,
+    wal: Vec<WalSpan>,
+    control: ControlFile,
+    corrupt_pages: Vec<CorruptPage>,
+    settings: Vec<Setting>,
+}
+
 /// A backup that is being made.
 struct Run<'r, 'p> {
     plan: Plan<'r>,
@@ -413,6 +434,7 @@ impl<'r, 'p> Run<'r, 'p> {
         entries.extend(self.copy_external(&listing)?);
         let bounds = self.stop(start, &control)?;
         entries.extend(self.copy_wal(&bounds)?);
+        let wal = wal::spans(self.plan.source.data_dir(), bounds.start_timeline, self.wal_range(&bounds))?;
         let suspects = judge.map_or_else(Vec::new, |judge| judge.damaged(bounds.stop));
         let corrupt_pages = self.describe(suspects);
         let settings = self.settings(&listing)?;
@@ -421,7 +443,8 @@ impl<'r, 'p> Run<'r, 'p> {
                 self.progress.notice(&notice);
             }
         }
-        self.commit(entries, &listing, bounds, control, corrupt_pages, settings, begun)
+        entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+        self.commit(Found { entries, listing, bounds, wal, control, corrupt_pages, settings }, begun)
     }
 
     /// Begins the backup on the server; `None` for a stopped cluster.
@@ -485,7 +508,8 @@ impl<'r, 'p> Run<'r, 'p> {
             let bytes = if listed { None } else { data_dir.read_external(path)? };
             if let Some(bytes) = bytes {
                 let (path, len) = (name.as_bytes().to_vec(), bytes.len() as u64);
-                let entry = FileEntry { path, kind: FileKind::External, mode: 0o600, uid: 0, gid: 0, len, parts: Vec::new() };
+                let entry =
+                    FileEntry { path, kind: FileKind::External, mode: 0o600, uid: 0, gid: 0, len, parts: Vec::new() };
                 items.push(Item { entry, content: Content::Bytes(Arc::from(bytes)), relation: None, parent: None });
             }
         }
@@ -498,10 +522,7 @@ impl<'r, 'p> Run<'r, 'p> {
         if listing.entries.iter().any(|entry| *entry.path == *b"postgresql.conf") {
             return Ok(Vec::new());
         }
-        let setting = |found: crate::source::FileSetting| Setting {
-            name: found.name,
-            value: ByteString(found.value),
-        };
+        let setting = |found: FileSetting| Setting { name: found.name, value: ByteString(found.value) };
         Ok(session.file_settings()?.into_iter().map(setting).collect())
     }
 
@@ -600,7 +621,8 @@ impl<'r, 'p> Run<'r, 'p> {
             Source::Offline { .. } => None,
         };
         if suspects.len() > MAX_CORRUPT_PAGES {
-            self.progress.notice(&format!("{} damaged pages; the first {MAX_CORRUPT_PAGES} are listed", suspects.len()));
+            self.progress
+                .notice(&format!("{} damaged pages; the first {MAX_CORRUPT_PAGES} are listed", suspects.len()));
         }
         let describe = |suspect: &Suspect| CorruptPage {
             file: String::from_utf8_lossy(&suspect.path).into_owned(),
@@ -614,53 +636,51 @@ impl<'r, 'p> Run<'r, 'p> {
     }
 
     /// Writes the file table and the manifest.
-    #[expect(clippy::too_many_arguments, reason = "everything that a backup found comes together here, once")]
-    fn commit(
-        self,
-        mut entries: Vec<FileEntry>,
-        listing: &Listing,
-        bounds: Bounds,
-        control: ControlFile,
-        corrupt_pages: Vec<CorruptPage>,
-        settings: Vec<Setting>,
-        begun: Instant,
-    ) -> Result<Report> {
-        entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-        let bytes = |kinds: &[FileKind]| -> u64 {
-            entries.iter().filter(|entry| kinds.contains(&entry.kind)).map(|entry| entry.len).sum()
-        };
-        let (cluster_bytes, wal_bytes) = (bytes(&[FileKind::File, FileKind::External]), bytes(&[FileKind::Wal]));
-        let file_count = entries.iter().filter(|entry| entry.kind == FileKind::File).count() as u64;
-        let parent = self.plan.parent.as_ref();
-        let known: &[PagePlace] = parent.map_or(&[], |parent| &parent.pages);
+    fn commit(self, mut found: Found, begun: Instant) -> Result<Report> {
+        let mut manifest = self.manifest(&found)?;
+        let known: &[PagePlace] = self.plan.parent.as_ref().map_or(&[], |parent| &parent.pages);
         let mut table = TableWriter::new(&self.map, known);
-        for entry in entries {
+        for entry in found.entries.drain(..) {
             table.push(entry)?;
         }
         let (pages, needed) = table.finish()?;
         let mut own = self.data.finish()?;
         own.extend(self.map.finish()?);
-        let packs = with_lengths(&needed, &own, parent)?;
-        let control_version = control.pg_control_version;
-        let version = match &self.plan.source {
+        manifest.pages = pages;
+        manifest.packs = with_lengths(&needed, &own, self.plan.parent.as_ref())?;
+        manifest.sequence = self.plan.repo.catalog(&manifest.cluster)?.next_sequence();
+        manifest.stop_time = Timestamp::now();
+        let manifest_len = self.plan.repo.commit(&manifest)?;
+        Ok(Report {
+            backup: BackupSummary::new(&manifest, manifest_len),
+            seconds: begun.elapsed().as_secs_f64(),
+            bytes_read: self.totals.bytes_read.load(Ordering::Relaxed),
+            bytes_written: own.iter().map(|pack| pack.len).sum::<u64>() + manifest_len,
+            repository_damage: self.plan.repository_damage,
+        })
+    }
+
+    /// The manifest, but for what is known only when all else is stored.
+    fn manifest(&self, found: &Found) -> Result<Manifest> {
+        let Found { listing, bounds, control, .. } = found;
+        let bytes = |wanted: fn(FileKind) -> bool| -> u64 {
+            found.entries.iter().filter(|entry| wanted(entry.kind)).map(|entry| entry.len).sum()
+        };
+        let postgres_version = match &self.plan.source {
             Source::Live { session, .. } => session.server().version.clone(),
             Source::Offline { data_dir } => data_dir.major_version().to_string(),
         };
-        let tablespace = |found: &crate::source::Tablespace| TablespaceLocation {
-            oid: found.oid.as_u32(),
-            location: found.link.as_ref().map(|link| ByteString(std::os::unix::ffi::OsStrExt::as_bytes(link.as_os_str()).to_vec())),
-        };
-        let manifest = Manifest {
+        Ok(Manifest {
             format: FORMAT_VERSION,
             repository: self.plan.repo.id().to_owned(),
             cluster: self.plan.options.cluster.clone(),
             id: self.id,
-            sequence: self.plan.repo.catalog(&self.plan.options.cluster)?.next_sequence(),
+            sequence: 0,
             backup_type: self.plan.backup_type,
-            parent: parent.map(|parent| parent.id),
+            parent: self.plan.parent.as_ref().map(|parent| parent.id),
             system_identifier: control.system_identifier.to_string(),
-            postgres_version: version,
-            pg_control_version: control_version,
+            postgres_version,
+            postgres_major: control.major_version().as_u32(),
             catalog_version: control.catalog_version.as_u32(),
             block_size: control.block_size.as_u32(),
             wal_segment_size: control.wal_segment_size.as_u32(),
@@ -669,38 +689,34 @@ impl<'r, 'p> Run<'r, 'p> {
             stop_lsn: bounds.stop,
             start_timeline: bounds.start_timeline,
             timeline: bounds.timeline,
-            wal: wal::spans(self.plan.source.data_dir(), self.wal_range(&bounds))?,
+            wal: found.wal.clone(),
             start_time: self.start_time,
-            stop_time: Timestamp::now(),
+            stop_time: self.start_time,
             from_standby: bounds.from_standby,
             offline: bounds.backup_label.is_none(),
-            backup_label: bounds.backup_label.map(ByteString),
-            tablespace_map: bounds.tablespace_map.map(ByteString),
-            tablespaces: listing.tablespaces.iter().map(tablespace).collect(),
+            backup_label: bounds.backup_label.clone().map(ByteString),
+            tablespace_map: bounds.tablespace_map.clone().map(ByteString),
+            tablespaces: listing.tablespaces.iter().map(tablespace_location).collect(),
             data_directory_mode: listing.mode,
             data_directory_owner: (listing.uid, listing.gid),
-            settings,
-            cluster_bytes,
-            wal_bytes,
-            file_count,
+            settings: found.settings.clone(),
+            cluster_bytes: bytes(|kind| kind != FileKind::Wal),
+            wal_bytes: bytes(|kind| kind == FileKind::Wal),
+            file_count: found.entries.iter().filter(|entry| entry.kind == FileKind::File).count() as u64,
             blocks_changed: self.totals.blocks_changed.load(Ordering::Relaxed),
             detector: "scan".to_owned(),
-            detector_reason: self.plan.detector_reason,
-            corrupt_pages,
-            note: self.plan.options.note,
-            packs,
-            pages,
-        };
-        let manifest_len = self.plan.repo.commit(&manifest)?;
-        let backup = BackupSummary::new(&manifest, manifest_len);
-        Ok(Report {
-            seconds: begun.elapsed().as_secs_f64(),
-            bytes_read: self.totals.bytes_read.load(Ordering::Relaxed),
-            bytes_written: own.iter().map(|pack| pack.len).sum::<u64>() + manifest_len,
-            repository_damage: self.plan.repository_damage,
-            backup,
+            detector_reason: self.plan.detector_reason.clone(),
+            corrupt_pages: found.corrupt_pages.clone(),
+            note: self.plan.options.note.clone(),
+            packs: Vec::new(),
+            pages: Vec::new(),
         })
     }
+}
+
+fn tablespace_location(found: &Tablespace) -> TablespaceLocation {
+    let bytes = |link: &PathBuf| ByteString(link.as_os_str().as_bytes().to_vec());
+    TablespaceLocation { oid: found.oid.as_u32(), location: found.link.as_ref().map(bytes) }
 }
 
 /// The needed packs with their lengths, which this run or its parent knows.

@@ -26,7 +26,7 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -34,7 +34,7 @@ use serde::Serialize;
 use self::chunks::{TargetFile, Writer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{
-    ControlFile, MajorVersion, PgFileChecksum, PgManifestFile, PgManifestWriter, TablespaceMap, TablespaceOid, WalRange,
+    MajorVersion, PgFileChecksum, PgManifestFile, PgManifestWriter, TablespaceMap, TablespaceOid, WalRange,
 };
 use crate::progress::{Phase, Progress};
 use crate::repo::{BackupSummary, ClusterName, FileEntry, FileKind, Manifest, PackInfo, Repository, read_page};
@@ -42,14 +42,8 @@ use crate::source::PostmasterPid;
 use crate::target::{Owner, Target, resolve};
 
 /// Files of the source that a restored cluster gets its own of, or none.
-const REPLACED: [&[u8]; 6] = [
-    b"recovery.signal",
-    b"standby.signal",
-    b"backup_label",
-    b"tablespace_map",
-    b"backup_manifest",
-    b"postmaster.pid",
-];
+const REPLACED: [&[u8]; 6] =
+    [b"recovery.signal", b"standby.signal", b"backup_label", b"tablespace_map", b"backup_manifest", b"postmaster.pid"];
 /// The settings file that is read last.
 const AUTO_CONF: &[u8] = b"postgresql.auto.conf";
 
@@ -289,7 +283,9 @@ impl Plan<'_> {
     fn notice_owners(&self, progress: &dyn Progress) {
         let (uid, _) = self.manifest.data_directory_owner;
         if !self.target.gives_away() && uid != rustix::process::geteuid().as_raw() {
-            progress.notice(&format!("the files belonged to user {uid}; they are yours now, as only root can give them away"));
+            progress.notice(&format!(
+                "the files belonged to user {uid}; they are yours now, as only root can give them away"
+            ));
         }
     }
 
@@ -337,14 +333,17 @@ impl Plan<'_> {
     }
 
     fn major(&self) -> Result<MajorVersion> {
-        ControlFile::major_of(self.manifest.pg_control_version, self.manifest.catalog_version)
+        let major = self.manifest.postgres_major;
+        let unknown = || Error::new(ErrorKind::Unsupported, format!("the backup is of PostgreSQL {major}"));
+        MajorVersion::new(major).ok_or_else(unknown)
     }
 
     /// The source's settings, where its configuration file lay outside the data directory.
     fn postgresql_conf(&self) -> Vec<u8> {
-        let mut text = b"# Written by pgstrata restore: the source's configuration file was not in its data directory.\n\
+        let mut text =
+            b"# Written by pgstrata restore: the source's configuration file was not in its data directory.\n\
             # These are the settings that it had from there.\n"
-            .to_vec();
+                .to_vec();
         for setting in &self.manifest.settings {
             let quoted = |byte: &u8| if matches!(byte, b'\'' | b'\\') { vec![*byte, *byte] } else { vec![*byte] };
             text.extend_from_slice(setting.name.as_bytes());
@@ -359,7 +358,10 @@ impl Plan<'_> {
     fn write_pg_manifest(&self, added: &[(&[u8], Vec<u8>)]) -> Result<()> {
         let manifest = &self.manifest;
         let major = self.major()?;
-        let system = manifest.system_identifier.parse().map_err(|_| Error::corrupt(manifest.id.to_string(), "no system identifier"))?;
+        let system = manifest
+            .system_identifier
+            .parse()
+            .map_err(|_| Error::corrupt(manifest.id.to_string(), "no system identifier"))?;
         let failed = |e| Error::io("write", Path::new("backup_manifest"), e);
         let file = self.target.make_file(b"backup_manifest", 0, default_owner(manifest))?;
         let mut out = PgManifestWriter::begin(std::io::BufWriter::new(file), major, system).map_err(failed)?;
@@ -426,5 +428,8 @@ fn recovery_settings(major: MajorVersion, archive_mode: bool) -> String {
         settings.push(("archive_mode", "off"));
     }
     let lines = settings.iter().map(|(name, value)| format!("{name} = '{value}'\n"));
-    format!("\n# Added by pgstrata restore: nothing of the source's recovery, replication and archiving goes on here.\n{}", lines.collect::<String>())
+    format!(
+        "\n# Added by pgstrata restore: nothing of the source's recovery, replication and archiving goes on here.\n{}",
+        lines.collect::<String>()
+    )
 }

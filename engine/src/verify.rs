@@ -25,8 +25,8 @@ use crate::chunk::{Decoder, Fingerprint, Shape};
 use crate::error::{Error, ErrorKind, Result};
 use crate::progress::{Phase, Progress};
 use crate::repo::{
-    BackupSummary, ChunkRef, ClusterName, DataPack, Depth, FileEntry, Layer, LayerPlace, Manifest, PackInfo, PackKind, PackName,
-    Repository, check_pack, read_page,
+    BackupSummary, ChunkRef, ClusterName, DataPack, Depth, FileEntry, Layer, LayerPlace, Manifest, PackInfo, PackKind,
+    PackName, Repository, check_pack, read_page,
 };
 
 /// Files named for each damaged object at most.
@@ -312,7 +312,10 @@ impl<'r> Verifier<'r> {
         map.par_iter().map(|(name, len)| self.check_map_pack(*name, *len, progress)).collect::<Result<()>>()?;
         for window in data.chunks(jobs.max(8)) {
             let needed = self.needed(window)?;
-            window.par_iter().map(|(name, len)| self.check_data_pack(*name, *len, &needed, progress)).collect::<Result<()>>()?;
+            window
+                .par_iter()
+                .map(|(name, len)| self.check_data_pack(*name, *len, &needed, progress))
+                .collect::<Result<()>>()?;
         }
         Ok(())
     }
@@ -415,7 +418,11 @@ impl<'r> Verifier<'r> {
                 return Ok(());
             };
             seen += 1;
-            let problem = if record.sound { self.prove(needed, record.bytes, &mut decoder) } else { Some("does not match its checksum".to_owned()) };
+            let problem = if record.sound {
+                self.prove(needed, record.bytes, &mut decoder)
+            } else {
+                Some("does not match its checksum".to_owned())
+            };
             if let Some(problem) = problem {
                 self.hurt_by_chunk(object.as_str(), record.offset, &problem, needed);
             }

@@ -533,7 +533,8 @@ impl<'r, 'a> Worker<'r, 'a> {
                 pack: 0,
                 offset: place.offset,
                 stored_len,
-                block_count: u16::try_from(self.fingerprints.len()).map_err(|_| Error::bug("a chunk of 65,536 blocks"))?,
+                block_count: u16::try_from(self.fingerprints.len())
+                    .map_err(|_| Error::bug("a chunk of 65,536 blocks"))?,
                 codec,
                 id: ChunkId::of(&self.fingerprints),
             };

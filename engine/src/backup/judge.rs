@@ -64,7 +64,9 @@ impl Judge {
         mut read: impl FnMut(&mut [u8]) -> Result<usize>,
     ) -> Result<Verdict> {
         let first = self.blocks_per_segment.first_block(relation.segment);
-        let Some(block) = first.and_then(|first| first.checked_add(in_file.as_u32())) else { return Ok(Verdict::AsRead) };
+        let Some(block) = first.and_then(|first| first.checked_add(in_file.as_u32())) else {
+            return Ok(Verdict::AsRead);
+        };
         let PageCheck::Invalid { reason: mut fault } = check_page(page, block) else { return Ok(Verdict::AsRead) };
         for attempt in 0..READS {
             std::thread::sleep(Duration::from_millis(1 << attempt));

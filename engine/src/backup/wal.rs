@@ -163,12 +163,8 @@ impl<'a> Log<'a> {
 }
 
 /// The range by timelines, as PostgreSQL's manifest wants it.
-pub(super) fn spans(data_dir: &DataDir, range: WalRange) -> Result<Vec<WalSpan>> {
+pub(super) fn spans(data_dir: &DataDir, start_timeline: TimelineId, range: WalRange) -> Result<Vec<WalSpan>> {
     let (history, _) = history(data_dir, range.timeline)?;
-    let clipped = history.spans().iter().filter_map(|span| {
-        let start = span.begin.max(range.start);
-        let end = span.end.map_or(range.stop, |end| end.min(range.stop));
-        (start < end).then_some(WalSpan { timeline: span.timeline, start, end })
-    });
-    Ok(clipped.collect())
+    let spans = history.wal_ranges(start_timeline, range.start, range.stop)?.into_iter();
+    Ok(spans.map(|span| WalSpan { timeline: span.timeline, start: span.start, end: span.end }).collect())
 }

@@ -157,8 +157,8 @@ pub struct Manifest {
     pub system_identifier: String,
     /// PostgreSQL's version, as it says it.
     pub postgres_version: String,
-    /// `pg_control_version`.
-    pub pg_control_version: u32,
+    /// PostgreSQL's major version.
+    pub postgres_major: u32,
     /// `catalog_version_no`.
     pub catalog_version: u32,
     /// Bytes of a block.
@@ -385,7 +385,7 @@ pub(super) mod tests {
             parent: None,
             system_identifier: "7000000000000000001".to_owned(),
             postgres_version: "18.1".to_owned(),
-            pg_control_version: 1800,
+            postgres_major: 18,
             catalog_version: 202_506_291,
             block_size: 8192,
             wal_segment_size: 16 << 20,

@@ -23,7 +23,9 @@ use rayon::prelude::*;
 use crate::chunk::{Decoder, Shape};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::repo::{ChunkRef, DataPack, Depth, FileEntry, Layer, Manifest, PART_BLOCKS, PackKind, PackName, PartMap, Repository};
+use crate::repo::{
+    ChunkRef, DataPack, Depth, FileEntry, Layer, Manifest, PART_BLOCKS, PackKind, PackName, PartMap, Repository,
+};
 use crate::target::{Owner, Target};
 
 /// Pieces of a window at most.
@@ -159,7 +161,9 @@ impl Writer<'_> {
             return Ok(None);
         }
         let mut all: Vec<_> = parts.into_iter().flatten().collect();
-        all.par_sort_unstable_by_key(|(pack, chunk, piece)| (*pack, chunk.offset, piece.first, piece.file, piece.block));
+        all.par_sort_unstable_by_key(|(pack, chunk, piece)| {
+            (*pack, chunk.offset, piece.first, piece.file, piece.block)
+        });
         let mut jobs: Vec<Job> = Vec::new();
         for (pack, chunk, piece) in all {
             match jobs.last_mut() {
@@ -241,12 +245,7 @@ fn data_object(manifest: &Manifest, pack: DataPack) -> Result<crate::store::Obje
 }
 
 /// The pieces of a flattened part that are in packs of the window.
-fn pieces(
-    file: u32,
-    first_block: u64,
-    layer: &Layer,
-    window: Option<&[DataPack]>,
-) -> Vec<(DataPack, ChunkRef, Piece)> {
+fn pieces(file: u32, first_block: u64, layer: &Layer, window: Option<&[DataPack]>) -> Vec<(DataPack, ChunkRef, Piece)> {
     let locations = &layer.locations;
     let piece = |extent: &crate::repo::Extent| {
         let chunk = locations.chunks[extent.chunk()?];
@@ -268,7 +267,9 @@ fn batches(jobs: &[Job]) -> Vec<std::ops::Range<usize>> {
         let chunk_end = chunk.offset + u64::from(chunk.stored_len);
         match batches.last_mut() {
             Some(batch)
-                if jobs[batch.start].pack == *pack && chunk.offset <= end + GAP_LEN && chunk_end - begin <= READ_LEN =>
+                if jobs[batch.start].pack == *pack
+                    && chunk.offset <= end + GAP_LEN
+                    && chunk_end - begin <= READ_LEN =>
             {
                 batch.end = index + 1;
             }
@@ -342,7 +343,7 @@ impl Worker<'_, '_> {
         let shape = Shape { block_len, block_count: usize::from(job.chunk.block_count) };
         let stored = &self.stored[from..from + job.chunk.stored_len as usize];
         let decoded = self.decoder.decode(job.chunk.codec, stored, shape, job.chunk.id);
-        let (raw, _) = decoded.map_err(|error| self.hurt(job, object, error))?;
+        let (raw, _) = decoded.map_err(|error| hurt(self.writer.files, job, object, &error))?;
         for piece in &job.pieces {
             let file = &self.writer.files[piece.file as usize];
             let blocks = &raw[usize::from(piece.first) * block_len..][..usize::from(piece.count) * block_len];
@@ -356,16 +357,16 @@ impl Worker<'_, '_> {
         }
         Ok(())
     }
+}
 
-    /// The error of a damaged chunk, with what it hurts.
-    fn hurt(&self, job: &Job, object: &str, error: Error) -> Error {
-        let piece = job.pieces.first();
-        let file = piece.map(|piece| self.writer.files[piece.file as usize].entry.display_path()).unwrap_or_default();
-        let block = piece.map_or(0, |piece| piece.block);
-        let what = format!("{}; {file} has its block {block} there", error.what());
-        let hint = "`pgstrata verify` tells which backups are hurt; restore another one";
-        Error::corrupt(format!("{object} at {}", job.chunk.offset), what).hint(hint)
-    }
+/// The error of a damaged chunk, with what it hurts.
+fn hurt(files: &[TargetFile], job: &Job, object: &str, error: &Error) -> Error {
+    let piece = job.pieces.first();
+    let file = piece.map(|piece| files[piece.file as usize].entry.display_path()).unwrap_or_default();
+    let block = piece.map_or(0, |piece| piece.block);
+    let what = format!("{}; {file} has its block {block} there", error.what());
+    let hint = "`pgstrata verify` tells which backups are hurt; restore another one";
+    Error::corrupt(format!("{object} at {}", job.chunk.offset), what).hint(hint)
 }
 
 #[cfg(test)]

@@ -149,6 +149,10 @@ pub struct Listing {
     pub wal_dir: PathBuf,
     /// The permissions of the data directory itself.
     pub mode: u32,
+    /// Its owner.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
     /// What was left out that PostgreSQL did not make.
     pub notices: Vec<String>,
 }
@@ -269,7 +273,7 @@ impl DataDir {
         let mut walk = Walk::new(self);
         let root = open_directory(CWD, self.path.as_os_str().as_bytes(), OFlags::empty());
         let root = root.map_err(|errno| Error::io("open", &self.path, errno.into()))?;
-        let mode = fstat(&root).map_err(|errno| Error::io("look at", &self.path, errno.into()))?.st_mode;
+        let stat = fstat(&root).map_err(|errno| Error::io("look at", &self.path, errno.into()))?;
         for tablespace in &tablespaces {
             walk.tablespace(tablespace)?;
         }
@@ -283,7 +287,8 @@ impl DataDir {
                 return Err(Error::new(ErrorKind::Missing, what).at(self.path.display().to_string()));
             }
         }
-        Ok(Listing { entries, tablespaces, wal_dir: self.wal_dir()?, mode: mode & 0o7777, notices })
+        let (mode, uid, gid) = (stat.st_mode & 0o7777, stat.st_uid, stat.st_gid);
+        Ok(Listing { entries, tablespaces, wal_dir: self.wal_dir()?, mode, uid, gid, notices })
     }
 
     /// Opens a file by its path in the listing; `None` if it is gone, or no longer a regular file.
