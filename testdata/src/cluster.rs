@@ -149,8 +149,14 @@ impl Cluster {
     pub fn make_standby(&self) -> Result<Self> {
         let mut standby = Self::lay(&self.server, &self.tools, None, false)?;
         let mut basebackup = self.tool("pg_basebackup")?;
-        basebackup.arg("-D").arg(&standby.data_dir).args(["--write-recovery-conf", "--checkpoint=fast", "--no-sync"]);
+        basebackup.arg("-D").arg(&standby.data_dir).args(["--checkpoint=fast", "--no-sync"]);
         succeed(&mut basebackup)?;
+        // Not by --write-recovery-conf: a newer pg_basebackup writes options that an older server does not know.
+        let conninfo = format!("host={} port={} user={SUPERUSER}", self.socket_dir().display(), self.port);
+        standby.add_conf(&[format!("primary_conninfo = '{conninfo}'")])?;
+        let signal = standby.data_dir.join("standby.signal");
+        fs::write(&signal, "").map_err(|e| Error::io("write", &signal, e))?;
+        standby.user.own(&signal)?;
         standby.start()?;
         Ok(standby)
     }

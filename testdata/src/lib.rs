@@ -6,6 +6,7 @@
 //! * [`servers`] finds the PostgreSQL installations of this machine, or fetches them once and caches them;
 //! * [`cluster`] makes throwaway clusters, starts restored directories, and stops them by process id;
 //! * [`load`] writes to a cluster while it is backed up, so that a restored copy can be checked afterwards;
+//! * [`synthetic`] writes data directories of any size without PostgreSQL;
 //! * [`random`] is where the data of both come from, by seed;
 //! * [`os_user`] is about running all this as root: PostgreSQL refuses to.
 
@@ -15,5 +16,6 @@ pub mod load;
 pub mod os_user;
 pub mod random;
 pub mod servers;
+pub mod synthetic;
 
 pub use error::{Error, Result};

@@ -1,0 +1,13 @@
+//! pgstrata against real servers: what it backs up, restores as it was.
+//!
+//! One test binary, so that all scenarios share the machine's cores. A scenario whose PostgreSQL can be neither found
+//! nor fetched says "skipped: no PostgreSQL 17 (reason)".
+
+mod corruption;
+mod errors;
+mod history;
+mod quiesced;
+mod restore;
+mod smoke;
+mod standby;
+mod support;
