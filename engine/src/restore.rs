@@ -345,11 +345,10 @@ impl Plan<'_> {
             # These are the settings that it had from there.\n"
                 .to_vec();
         for setting in &self.manifest.settings {
-            let quoted = |byte: &u8| if matches!(byte, b'\'' | b'\\') { vec![*byte, *byte] } else { vec![*byte] };
             text.extend_from_slice(setting.name.as_bytes());
-            text.extend_from_slice(b" = '");
-            text.extend(setting.value.0.iter().flat_map(quoted));
-            text.extend_from_slice(b"'\n");
+            text.extend_from_slice(b" = ");
+            text.extend_from_slice(&setting.value.0);
+            text.push(b'\n');
         }
         text
     }

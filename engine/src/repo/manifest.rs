@@ -120,7 +120,7 @@ pub struct TablespaceLocation {
 pub struct Setting {
     /// Its name.
     pub name: String,
-    /// Its value, as in `postgresql.conf` but without quotes.
+    /// Its value, quoted as in `postgresql.conf`.
     pub value: ByteString,
 }
 

@@ -239,3 +239,21 @@ async fn drive(mut connection: Connection<Socket, TlsStream>, feedback: Feedback
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_never_uses_tls_and_prefer_falls_back_to_none() {
+        let socket = Address::Socket("/run".into());
+        let tcp = Address::Tcp { host: "h".to_owned(), address: None };
+        assert_eq!(negotiations(&socket, SslMode::VerifyFull), [Negotiation::Disable]);
+        assert_eq!(negotiations(&tcp, SslMode::Disable), [Negotiation::Disable]);
+        assert_eq!(negotiations(&tcp, SslMode::Allow), [Negotiation::Disable, Negotiation::Require]);
+        assert_eq!(negotiations(&tcp, SslMode::Prefer), [Negotiation::Prefer, Negotiation::Disable]);
+        for mode in [SslMode::Require, SslMode::VerifyCa, SslMode::VerifyFull] {
+            assert_eq!(negotiations(&tcp, mode), [Negotiation::Require]);
+        }
+    }
+}

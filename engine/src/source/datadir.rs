@@ -354,11 +354,15 @@ impl DataDir {
                         Error::invalid(format!("tablespace {oid} is no directory")).at(path.display().to_string())
                     );
                 }
-                Ok(true) if path.join(&self.tablespace_version_dir).exists() => {
-                    let directory = std::fs::canonicalize(path).map_err(|error| Error::io("resolve", path, error))?;
-                    return Ok(Some(Tablespace { oid, link, directory }));
-                }
-                Ok(true) => {}
+                Ok(true) => match std::fs::metadata(path.join(&self.tablespace_version_dir)) {
+                    Ok(_) => {
+                        let directory =
+                            std::fs::canonicalize(path).map_err(|error| Error::io("resolve", path, error))?;
+                        return Ok(Some(Tablespace { oid, link, directory }));
+                    }
+                    Err(error) if error.kind() == NotFound => {}
+                    Err(error) => return Err(Error::io("look into", path, error)),
+                },
                 Err(error) if error.kind() == NotFound => {}
                 Err(error) => return Err(Error::io("look at", path, error)),
             }

@@ -184,3 +184,18 @@ pub(super) fn none_of(mut failures: Vec<Error>) -> Error {
     let texts: Vec<_> = failures.iter().map(ToString::to_string).collect();
     Error::new(kind, texts.join("; ")).hint(hint)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_error_of_several_servers_names_each_and_keeps_the_hint() {
+        let failure = |name: &str| Error::new(ErrorKind::Unavailable, format!("cannot connect to {name}"));
+        let error = none_of(vec![failure("a"), failure("b").hint("help")]);
+        assert_eq!(error.to_string(), "cannot connect to a; cannot connect to b");
+        assert_eq!(error.hint_text(), Some("help"));
+        assert_eq!(none_of(vec![failure("a")]).to_string(), "cannot connect to a");
+        assert_eq!(none_of(Vec::new()).kind(), ErrorKind::Invalid);
+    }
+}

@@ -432,6 +432,12 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_session_may_be_watched_from_any_thread() {
+        fn shared<T: Send + Sync>() {}
+        shared::<Session>();
+    }
+
+    #[test]
     fn a_setting_reads_back_from_postgresql_conf_as_it_was() {
         assert_eq!(quote_setting(b"it's a \\ path\n"), b"'it''s a \\\\ path\\n'");
         assert_eq!(quote_setting(b""), b"''");

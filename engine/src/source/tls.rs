@@ -326,3 +326,189 @@ fn read_key(file: &Path) -> Result<PrivateKeyDer<'static>> {
             .hint("it must be PEM and not encrypted: `openssl pkey -in KEY -out PLAIN_KEY` takes the passphrase off")
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// An authority, valid until 2126.
+    const ROOT: &str = "-----BEGIN CERTIFICATE-----
+MIIBdDCCARugAwIBAgIURvi65eVfWEw7/K53bFZJEl8E3HAwCgYIKoZIzj0EAwIw
+DzENMAsGA1UEAwwEcm9vdDAgFw0yNjExMjIxNjU3MjFaGA8yMTI2MTAyOTE2NTcy
+MVowDzENMAsGA1UEAwwEcm9vdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABJSv
+lXOMI0w4eexwvLW4F9W/fMjHnKLY+hElUpw0kBxLTOISyxFIaEYVEFYUc062QXbR
+7azpaackndH6/84LlQyjUzBRMB0GA1UdDgQWBBTXEw4TYc3C0/pR3l7SzO5m7zRf
+GzAfBgNVHSMEGDAWgBTXEw4TYc3C0/pR3l7SzO5m7zRfGzAPBgNVHRMBAf8EBTAD
+AQH/MAoGCCqGSM49BAMCA0cAMEQCIEnFnktjhO/HOl6MYLCuWdfxe2yKu4v4PYVE
+DbG5CfQWAiBi3pxq9+SiD09f4nMrZG94J9GD1PeobrVl2ixPoTXVPg==
+-----END CERTIFICATE-----";
+    /// Another authority.
+    const OTHER_ROOT: &str = "-----BEGIN CERTIFICATE-----
+MIIBdzCCAR2gAwIBAgIUB/RpsSf2re1P9HCjDQWoeFl3L3owCgYIKoZIzj0EAwIw
+EDEOMAwGA1UEAwwFb3RoZXIwIBcNMjYxMTIyMTY1NzIxWhgPMjEyNjEwMjkxNjU3
+MjFaMBAxDjAMBgNVBAMMBW90aGVyMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE
+ulQxwT46SI4FzbBEe2xRhG8bIwQrK74z2/jj7Ua6Jy6801r1sDUOvkpCFBox1VYC
+5eIkEolScLIpOOnrTvgBFKNTMFEwHQYDVR0OBBYEFF5M1FW9RiZjBI41bdyNkLN5
+z3sSMB8GA1UdIwQYMBaAFF5M1FW9RiZjBI41bdyNkLN5z3sSMA8GA1UdEwEB/wQF
+MAMBAf8wCgYIKoZIzj0EAwIDSAAwRQIgPhThKqCOwKBPW221OrysHkGOKiNtWOWY
+fLTzLV3rC2ACIQC2fQr2jAevlZj7MpsyB9iYpScDFpLuT2VrrTMGkjZq5w==
+-----END CERTIFICATE-----";
+    /// Signed by the authority for db.example.
+    const SERVER: &str = "-----BEGIN CERTIFICATE-----
+MIIBeDCCAR+gAwIBAgIUMvng87lTG9caxbELnqQJ3zaLEYowCgYIKoZIzj0EAwIw
+DzENMAsGA1UEAwwEcm9vdDAgFw0yNjExMjIxNjU3MjFaGA8yMTI2MTAyOTE2NTcy
+MVowDTELMAkGA1UEAwwCZGIwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAAS7ZBi4
+mWXwhBK+gi9aN+tSa/VCmzScrT4wvqZlAT+2G25U301E9IoKNhNTqBk8fJ0h4usC
+LGOBwAaokZ/bojh/o1kwVzAVBgNVHREEDjAMggpkYi5leGFtcGxlMB0GA1UdDgQW
+BBTWLYFDw/AIPaEz3jmVO5N1mOtkpDAfBgNVHSMEGDAWgBTXEw4TYc3C0/pR3l7S
+zO5m7zRfGzAKBggqhkjOPQQDAgNHADBEAiAjV5Vtx4ipaEUqltLBBwIsBhZOwLzi
+droMDaaqyFNokQIgKbE1UbcZXlzcPdZNTAJ6ZPSEZdq6ZyM5Ow6Ck1oAfCc=
+-----END CERTIFICATE-----";
+    /// The same without extensions, in version 1, as `openssl x509 -req` makes it by default.
+    const VERSION_1: &str = "-----BEGIN CERTIFICATE-----
+MIIBGDCBvwIUMvng87lTG9caxbELnqQJ3zaLEYswCgYIKoZIzj0EAwIwDzENMAsG
+A1UEAwwEcm9vdDAgFw0yNjExMjIxNjU3MjFaGA8yMTI2MTAyOTE2NTcyMVowDTEL
+MAkGA1UEAwwCZGIwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAAS7ZBi4mWXwhBK+
+gi9aN+tSa/VCmzScrT4wvqZlAT+2G25U301E9IoKNhNTqBk8fJ0h4usCLGOBwAao
+kZ/bojh/MAoGCCqGSM49BAMCA0gAMEUCIFw8Ohy1PDwaOtC4JfoBZ5vVRZLEQT2A
+Koka2EM5hSk2AiEA7f4QimzuDdLLgfXMzLa59t678rKEhumVLj/xU33fVGA=
+-----END CERTIFICATE-----";
+    /// Signed by itself for db.example and marked as an authority, as `openssl req -x509` makes it by default.
+    const SELF_SIGNED: &str = "-----BEGIN CERTIFICATE-----
+MIIBiTCCAS6gAwIBAgIUWljygIeB9PJ1b9VTIeJrDYTP5qMwCgYIKoZIzj0EAwIw
+DTELMAkGA1UEAwwCZGIwIBcNMjYxMTIyMTY1NzIxWhgPMjEyNjEwMjkxNjU3MjFa
+MA0xCzAJBgNVBAMMAmRiMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEp6ZcZbge
+pNJ64f1KBvNSCPZgdQk8p7UL2UNCf4YGwDxeUDeMtgcLFgw9lJP8Dzi/LWSx+Ng6
+DAiJt4MA7gOI0aNqMGgwHQYDVR0OBBYEFM15mDrnoy9hDsJ4l8a9IXNp+CpSMB8G
+A1UdIwQYMBaAFM15mDrnoy9hDsJ4l8a9IXNp+CpSMA8GA1UdEwEB/wQFMAMBAf8w
+FQYDVR0RBA4wDIIKZGIuZXhhbXBsZTAKBggqhkjOPQQDAgNJADBGAiEAsLpTTu7p
+FLyXgV8QEegpliNFpGuYDBok9vktDWFhUfwCIQDJathWk+j7xwX8fBanh0aOPuXf
+SgA/LCVL4jNRwrJdyQ==
+-----END CERTIFICATE-----";
+
+    fn parameters(mode: SslMode, roots: RootCertificates) -> TlsParameters {
+        TlsParameters {
+            mode,
+            roots,
+            certificate: None,
+            key: None,
+            certificate_mode: CertificateMode::Allow,
+            only_tls13: false,
+            only_tls12: false,
+            server_name_indication: true,
+            direct: false,
+        }
+    }
+
+    /// What a client in `mode` that trusts `root` says to `server`, who is reached as `name`.
+    fn verify(
+        mode: SslMode,
+        root: Option<&str>,
+        server: &str,
+        name: &'static str,
+    ) -> std::result::Result<(), rustls::Error> {
+        let directory = TempDir::new().unwrap();
+        let file = directory.path().join("root.crt");
+        if let Some(root) = root {
+            fs::write(&file, root).unwrap();
+        }
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let verifier = Verifier::new(&parameters(mode, RootCertificates::File(file)), provider).unwrap();
+        let server = CertificateDer::from_pem_slice(server.as_bytes()).unwrap();
+        let name = ServerName::try_from(name).unwrap();
+        let now = UnixTime::since_unix_epoch(std::time::Duration::from_secs(1_800_000_000));
+        verifier.verify_server_cert(&server, &[], &name, &[], now).map(drop)
+    }
+
+    fn hint(error: rustls::Error) -> &'static str {
+        let wrapped = std::io::Error::other(error);
+        certificate_hint(&Error::bug("outer").because(wrapped)).unwrap()
+    }
+
+    #[test]
+    fn any_certificate_will_do_where_none_is_checked() {
+        for mode in [SslMode::Allow, SslMode::Prefer, SslMode::Require] {
+            for server in [SERVER, VERSION_1, SELF_SIGNED] {
+                verify(mode, None, server, "elsewhere.example").unwrap();
+            }
+        }
+        verify(SslMode::Prefer, Some(OTHER_ROOT), SERVER, "elsewhere.example").unwrap();
+    }
+
+    #[test]
+    fn require_checks_the_chain_if_there_is_a_root_certificate_as_libpq_does() {
+        verify(SslMode::Require, Some(ROOT), SERVER, "elsewhere.example").unwrap();
+        let error = verify(SslMode::Require, Some(OTHER_ROOT), SERVER, "db.example").unwrap_err();
+        assert!(hint(error).contains("root.crt"));
+    }
+
+    #[test]
+    fn only_verify_full_checks_the_name() {
+        verify(SslMode::VerifyCa, Some(ROOT), SERVER, "elsewhere.example").unwrap();
+        verify(SslMode::VerifyFull, Some(ROOT), SERVER, "db.example").unwrap();
+        let error = verify(SslMode::VerifyFull, Some(ROOT), SERVER, "elsewhere.example").unwrap_err();
+        assert!(hint(error).contains("subjectAltName"));
+    }
+
+    #[test]
+    fn a_certificate_signed_by_itself_will_do_if_it_is_the_trusted_one() {
+        verify(SslMode::VerifyFull, Some(SELF_SIGNED), SELF_SIGNED, "db.example").unwrap();
+        assert!(verify(SslMode::VerifyFull, Some(SELF_SIGNED), SELF_SIGNED, "elsewhere.example").is_err());
+        assert!(verify(SslMode::VerifyCa, Some(ROOT), SELF_SIGNED, "db.example").is_err());
+        let both = format!("{ROOT}\n{SELF_SIGNED}");
+        verify(SslMode::VerifyCa, Some(&both), SELF_SIGNED, "db.example").unwrap();
+        verify(SslMode::VerifyCa, Some(&both), SERVER, "db.example").unwrap();
+    }
+
+    #[test]
+    fn a_certificate_of_version_1_fails_the_check_with_a_hint() {
+        let error = verify(SslMode::VerifyCa, Some(ROOT), VERSION_1, "db.example").unwrap_err();
+        assert!(hint(error).contains("version 3"));
+    }
+
+    #[test]
+    fn a_mode_that_checks_needs_root_certificates() {
+        let none = parameters(SslMode::VerifyFull, RootCertificates::None);
+        assert!(connector(&none).err().unwrap().hint_text().unwrap().contains("sslrootcert"));
+        let missing = RootCertificates::File("/nowhere/root.crt".into());
+        let error = connector(&parameters(SslMode::VerifyCa, missing.clone())).err().unwrap();
+        assert_eq!(error.kind(), crate::ErrorKind::Missing);
+        assert!(connector(&parameters(SslMode::Require, missing)).is_ok());
+        let directory = TempDir::new().unwrap();
+        let empty = directory.path().join("root.crt");
+        fs::write(&empty, "not PEM").unwrap();
+        assert!(connector(&parameters(SslMode::VerifyCa, RootCertificates::File(empty))).is_err());
+    }
+
+    #[test]
+    fn contradicting_protocol_versions_are_refused() {
+        let base = parameters(SslMode::Prefer, RootCertificates::None);
+        assert!(connector(&TlsParameters { only_tls12: true, only_tls13: true, ..base.clone() }).is_err());
+        assert!(connector(&TlsParameters { only_tls12: true, ..base }).is_ok());
+    }
+
+    #[test]
+    fn a_client_certificate_that_is_not_there_is_not_sent_unless_it_is_demanded() {
+        let base = parameters(SslMode::Require, RootCertificates::None);
+        let absent = TlsParameters { certificate: Some("/nowhere/a".into()), key: Some("/nowhere/b".into()), ..base };
+        assert!(client_certificate(&absent).unwrap().is_none());
+        let demanded = TlsParameters { certificate_mode: CertificateMode::Require, ..absent };
+        assert!(client_certificate(&demanded).is_err());
+    }
+
+    #[test]
+    fn a_private_key_that_others_can_read_is_refused() {
+        let directory = TempDir::new().unwrap();
+        let file = directory.path().join("key");
+        fs::write(&file, "").unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(read_key(&file).unwrap_err().to_string().contains("group or world access"));
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+        assert!(read_key(&file).unwrap_err().hint_text().unwrap().contains("not encrypted"));
+    }
+}
