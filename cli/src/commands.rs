@@ -115,7 +115,8 @@ fn show(repo: &Path, cluster: &ClusterName, backup: &str, out: Printer) -> Resul
 /// The readable backups are listed whatever happened to the others, but never as if they were all.
 fn say_what_is_damaged(catalog: &Catalog) -> Exit {
     for (object, error) in catalog.damaged() {
-        report::print_error(&format!("{object} cannot be read: {error}"), error.hint_text());
+        let place = if error.place().is_none() { format!(" ({object})") } else { String::new() };
+        report::print_error(&format!("a backup cannot be read: {error}{place}"), error.hint_text());
     }
     if catalog.damaged().is_empty() { Exit::Done } else { Exit::Repository }
 }
@@ -133,14 +134,11 @@ fn check(
     bars.finish();
     let done = done?;
     out.document(&done, || report::verify(&done, options.quick))?;
-    let damaged = done.backups.iter().filter(|backup| !backup.ok).count() as u64;
-    let damage = done.damage.len() as u64;
-    if damaged + damage > 0 {
-        let what =
-            format!("done, but damage was found: {}, {}", count(damage, "problem"), count(damaged, "damaged backup"));
-        report::print_error(&what, None);
+    let damaged = !done.damage.is_empty() || done.backups.iter().any(|backup| !backup.ok);
+    if damaged {
+        report::print_error("done, but damage was found", None);
     }
-    Ok(Exit::done(damaged + damage > 0))
+    Ok(Exit::done(damaged))
 }
 
 fn bring_back(
