@@ -256,6 +256,7 @@ fn open_source(options: &Options) -> Result<Source> {
         None => DataDir::open(&session.server().data_directory)?,
     };
     must_belong_together(&session, &data_dir)?;
+    session.must_write_enough_wal()?;
     Ok(Source::Live { session: Box::new(session), data_dir })
 }
 

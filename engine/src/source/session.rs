@@ -143,6 +143,20 @@ impl Session {
         self.feedback.take_notices()
     }
 
+    /// Sees that the server's WAL can make a backup consistent.
+    ///
+    /// # Errors
+    ///
+    /// `Postgres` if it cannot, with what to do.
+    pub fn must_write_enough_wal(&self) -> Result<()> {
+        if self.server.wal_level == "minimal" {
+            let what = "wal_level is minimal: the WAL does not hold enough for an online backup";
+            return Err(Error::new(ErrorKind::Postgres, what)
+                .hint("set wal_level = replica and restart the server, or stop it and back up with --offline"));
+        }
+        Ok(())
+    }
+
     /// Reserves the WAL and puts the server into backup mode; returns when the checkpoint is done, which takes up
     /// to `checkpoint_timeout` unless `fast`.
     ///
@@ -155,11 +169,7 @@ impl Session {
             let what = format!("a backup label is at most {MAX_LABEL_LEN} bytes long and has no control characters");
             return Err(Error::invalid(what));
         }
-        if self.server.wal_level == "minimal" {
-            let what = "wal_level is minimal: the WAL does not hold enough for an online backup";
-            return Err(Error::new(ErrorKind::Postgres, what)
-                .hint("set wal_level = replica and restart the server, or stop it and back up with --offline"));
-        }
+        self.must_write_enough_wal()?;
         let slot_notice = self.create_slot()?;
         let statement = if self.server.major.as_u32() >= 15 {
             "SELECT pg_catalog.pg_backup_start($1, $2)::pg_catalog.text"
