@@ -108,7 +108,7 @@ impl Packer {
     }
 
     /// Appends metadata records, one right after the other in the same pack, and returns the place of the first; each grows by its
-    /// checksum of [`RECORD_CHECK_LEN`].
+    /// checksum of 16 bytes.
     ///
     /// # Errors
     /// What the store says; `Bug` if there are no records.
