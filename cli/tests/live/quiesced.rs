@@ -71,24 +71,27 @@ fn a_stopped_cluster_is_restored_byte_for_byte(lab: &Lab) {
     }
 }
 
-/// Whether restore legitimately writes `path` itself, or leaves out what the source has there.
+/// Whether restore legitimately writes `path` itself, or leaves out what the source has there, as PostgreSQL's own
+/// base backup does (`src/backend/backup/basebackup.c`, `excludeDirContents`, `excludeFiles`).
 fn written_by_restore(path: &Path) -> bool {
-    let written = [
-        "postgresql.auto.conf",
-        "recovery.signal",
-        "backup_manifest",
-        "backup_label",
-        "tablespace_map",
-        // Leftovers of the source's own run.
-        "postmaster.opts",
+    let files = ["postgresql.auto.conf", "recovery.signal", "backup_manifest", "backup_label", "tablespace_map"];
+    let leftovers = ["postmaster.opts", "pg_internal.init", "pgsql_tmp"];
+    // Links of tablespaces lead elsewhere; the WAL is compared by itself.
+    let contents = [
+        "pg_dynshmem",
+        "pg_notify",
+        "pg_replslot",
+        "pg_serial",
+        "pg_snapshots",
+        "pg_stat_tmp",
+        "pg_subtrans",
+        "pg_tblspc",
+        "pg_wal",
     ];
     let name = path.file_name().unwrap();
-    // Links of tablespaces lead elsewhere; the WAL is compared by itself.
-    written.iter().any(|written| path == Path::new(written))
-        || name == "pg_internal.init"
-        || name == "pgsql_tmp"
-        || path.parent() == Some(Path::new("pg_tblspc"))
-        || (path.starts_with("pg_wal") && path != Path::new("pg_wal"))
+    files.iter().any(|file| path == Path::new(file))
+        || leftovers.iter().any(|leftover| name == *leftover)
+        || contents.iter().any(|dir| path.starts_with(dir) && path != Path::new(dir))
 }
 
 fn assert_wal_is_from_the_source(source: &BTreeMap<PathBuf, Entry>, restored: &BTreeMap<PathBuf, Entry>) {

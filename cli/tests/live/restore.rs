@@ -4,9 +4,10 @@ use std::fs;
 
 use testdata::cluster::{ClusterOptions, StopMode};
 
-use crate::support::{Lab, dump, for_majors, judge_running, text, tree};
+use crate::support::{Lab, dump, for_majors, judge, judge_running, text, tree};
 
 for_majors!(nothing_hostile_is_inherited: hostile_on_13 = 13, hostile_on_15 = 15, hostile_on_18 = 18);
+for_majors!(wal_in_another_place_comes_back_into_the_directory: linked_wal_on_15 = 15, linked_wal_on_18 = 18);
 for_majors!(a_restore_refuses_what_would_do_harm: refusals_on_15 = 15, refusals_on_18 = 18);
 
 /// The source carries the settings of a cluster that was itself restored to a point in time, follows another server,
@@ -86,4 +87,24 @@ fn a_restore_refuses_what_would_do_harm(lab: &Lab) {
     restored.start().unwrap();
     assert_eq!(restored.query_value("postgres", "SELECT count(*) FROM t").unwrap(), "1000");
     judge_running(&mut restored);
+}
+
+/// `pg_wal` is a symbolic link in the source, as `initdb --waldir` makes it.
+fn wal_in_another_place_comes_back_into_the_directory(lab: &Lab) {
+    let mut source = lab.cluster(&ClusterOptions::default());
+    source.sql("postgres", "CREATE TABLE t AS SELECT generate_series(1, 1000) AS i").unwrap();
+    source.stop(StopMode::Fast).unwrap();
+    let (inside, outside) = (source.data_dir().join("pg_wal"), lab.path("wal"));
+    fs::rename(&inside, &outside).unwrap();
+    std::os::unix::fs::symlink(&outside, &inside).unwrap();
+    source.start().unwrap();
+    let expected = dump(&source, &[]);
+    let report = lab.backup(&source, &[]);
+    source.stop(StopMode::Fast).unwrap();
+    let before = tree(&outside);
+
+    let restored = lab.restore(text(&report, "id"), "restored", &[]);
+    assert!(!restored.data_dir().join("pg_wal").is_symlink(), "the restored copy shares its source's WAL");
+    judge(restored, &expected, &[]);
+    assert!(tree(&outside) == before);
 }

