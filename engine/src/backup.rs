@@ -11,8 +11,8 @@
 //! commit    the file table, then the manifest: now it is a backup
 //! ```
 //!
-//! A backup that fails anywhere is no backup: its packs are litter that no manifest names. The server's side ends with the
-//! session: closing the connection ends backup mode and drops the slot.
+//! A backup that fails anywhere is no backup: its packs are removed again, or stay, where the run was killed, as litter that no
+//! manifest names. The server's side ends with the session: closing the connection ends backup mode and drops the slot.
 //!
 //! What goes wrong, and who notices: the session breaks (each worker asks before each slice; `pg_backup_stop` at the latest), the standby is
 //! promoted (`pg_backup_stop`), pages are damaged (`backup/judge.rs`), the parent's packs are not all there (the plan; then a full
@@ -208,7 +208,12 @@ pub fn run(repo: &Repository, options: &Options, progress: &dyn Progress) -> Res
     for notice in plan.notices.drain(..) {
         progress.notice(&notice);
     }
-    Run::new(plan, progress)?.execute(begun)
+    let run = Run::new(plan, progress)?;
+    let (cluster, id) = (options.cluster.clone(), run.id);
+    run.execute(begun).inspect_err(|_| {
+        // A full disk must not stay full of a backup that there is not; what cannot be removed is litter.
+        let _ = repo.discard(&cluster, id);
+    })
 }
 
 fn open_source(options: &Options) -> Result<Source> {
