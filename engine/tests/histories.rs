@@ -12,7 +12,7 @@ use pgstrata_engine::repo::{BackupSummary, BackupType, ClusterName, Repository};
 use pgstrata_engine::{restore, verify};
 use testdata::synthetic::{Options, SyntheticCluster};
 
-const SEEDS: u64 = 24;
+const SEEDS: u64 = 12;
 const BACKUPS: usize = 8;
 /// What a restore writes for itself.
 const ADDED: [&str; 6] =
