@@ -11,8 +11,8 @@
 //! commit    the file table, then the manifest: now it is a backup
 //! ```
 //!
-//! A backup that fails anywhere is no backup: its packs are litter that no manifest names. The server's side ends with the
-//! session: closing the connection ends backup mode and drops the slot.
+//! A backup that fails anywhere is no backup: its packs are removed again, or stay, where the run was killed, as litter that no
+//! manifest names. The server's side ends with the session: closing the connection ends backup mode and drops the slot.
 //!
 //! What goes wrong, and who notices: the session breaks (each worker asks before each slice; `pg_backup_stop` at the latest), the standby is
 //! promoted (`pg_backup_stop`), pages are damaged (`backup/judge.rs`), the parent's packs are not all there (the plan; then a full
@@ -28,7 +28,6 @@ use std::fmt;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -42,6 +41,8 @@ use self::part::Stack;
 use self::rate::RateLimit;
 use self::wal::WalRange;
 pub use crate::chunk::Compression;
+pub use crate::detect::DetectorChoice;
+use crate::detect::{self, Detection};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{BackupLabel, ClusterState, ControlFile, Lsn, RelationFile, TimelineId};
 use crate::progress::{Phase, Progress};
@@ -69,34 +70,6 @@ pub enum ParentChoice {
     Differential,
     /// This one.
     Named(String),
-}
-
-/// Which detector tells what may have changed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DetectorChoice {
-    /// The cheapest that is provably complete.
-    #[default]
-    Auto,
-    /// Reading everything.
-    Scan,
-    /// WAL records.
-    Wal,
-    /// WAL summaries.
-    Summary,
-}
-
-impl FromStr for DetectorChoice {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "scan" => Ok(Self::Scan),
-            "wal" => Ok(Self::Wal),
-            "summary" => Ok(Self::Summary),
-            _ => Err(Error::invalid(format!("{text:?} is not a detector")).hint("use auto, scan, wal or summary")),
-        }
-    }
 }
 
 /// What to back up and how.
@@ -149,7 +122,7 @@ pub struct Plan<'r> {
     control: ControlFile,
     parent: Option<Manifest>,
     backup_type: BackupType,
-    detector_reason: String,
+    detection: Detection,
     notices: Vec<String>,
     repository_damage: Vec<String>,
     options: Options,
@@ -178,7 +151,7 @@ impl fmt::Display for Plan<'_> {
         write!(f, "{} backup {how}, data directory {}", self.backup_type, self.source.data_dir().path().display())?;
         match &self.parent {
             Some(parent) => write!(f, "\n  compared with {} ({})", parent.id, parent.backup_type)?,
-            None => write!(f, "\n  compared with nothing: {}", self.detector_reason)?,
+            None => write!(f, "\n  compared with nothing: {}", self.detection.reason)?,
         }
         write!(
             f,
@@ -195,10 +168,7 @@ impl fmt::Display for Plan<'_> {
 /// # Errors
 /// Whatever makes the backup impossible; nothing was changed, here or on the server.
 pub fn plan<'r>(repo: &'r Repository, options: &Options) -> Result<Plan<'r>> {
-    if let DetectorChoice::Wal | DetectorChoice::Summary = options.detector {
-        let what = "this version finds changes by reading every page only";
-        return Err(Error::new(ErrorKind::Unsupported, what).hint("use --detect scan or auto"));
-    }
+    let detection = detect::choose(options.detector, options.audit)?;
     let source = open_source(options)?;
     let data_dir = source.data_dir();
     if data_dir.contains(Path::new(repo.place()))? {
@@ -219,7 +189,7 @@ pub fn plan<'r>(repo: &'r Repository, options: &Options) -> Result<Plan<'r>> {
         control,
         parent: None,
         backup_type: BackupType::Full,
-        detector_reason: String::new(),
+        detection,
         notices,
         repository_damage,
         options: options.clone(),
@@ -238,7 +208,12 @@ pub fn run(repo: &Repository, options: &Options, progress: &dyn Progress) -> Res
     for notice in plan.notices.drain(..) {
         progress.notice(&notice);
     }
-    Run::new(plan, progress)?.execute(begun)
+    let run = Run::new(plan, progress)?;
+    let (cluster, id) = (options.cluster.clone(), run.id);
+    run.execute(begun).inspect_err(|_| {
+        // A full disk must not stay full of a backup that there is not; what cannot be removed is litter.
+        let _ = repo.discard(&cluster, id);
+    })
 }
 
 fn open_source(options: &Options) -> Result<Source> {
@@ -327,8 +302,10 @@ impl Plan<'_> {
             }
             ParentChoice::Named(spec) => (Some(catalog.select(spec)?), ""),
         };
-        self.detector_reason = otherwise.to_owned();
-        let Some(chosen) = chosen else { return Ok(()) };
+        let Some(chosen) = chosen else {
+            self.detection.reason = otherwise.to_owned();
+            return Ok(());
+        };
         let parent = self.repo.manifest(&self.options.cluster, chosen.id)?;
         if let Some(why) = self.unfit(&parent)? {
             if self.options.parent != ParentChoice::Automatic {
@@ -336,12 +313,10 @@ impl Plan<'_> {
                 return Err(Error::new(ErrorKind::Corrupt, what).hint("take a full backup: --full"));
             }
             self.notices.push(format!("taking a full backup: {} cannot be compared with: {why}", parent.id));
-            self.detector_reason = why;
+            self.detection.reason = why;
             return Ok(());
         }
         self.backup_type = BackupType::Incremental;
-        let asked = if self.options.audit { "--audit reads everything" } else { "every page is read and compared" };
-        self.detector_reason = asked.to_owned();
         self.parent = Some(parent);
         Ok(())
     }
@@ -705,8 +680,8 @@ impl<'r, 'p> Run<'r, 'p> {
             wal_bytes: bytes(|kind| kind == FileKind::Wal),
             file_count: found.entries.iter().filter(|entry| entry.kind == FileKind::File).count() as u64,
             blocks_changed: self.totals.blocks_changed.load(Ordering::Relaxed),
-            detector: "scan".to_owned(),
-            detector_reason: self.plan.detector_reason.clone(),
+            detector: self.plan.detection.detector.to_string(),
+            detector_reason: self.plan.detection.reason.clone(),
             corrupt_pages: found.corrupt_pages.clone(),
             note: self.plan.options.note.clone(),
             packs: Vec::new(),

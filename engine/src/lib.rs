@@ -1,7 +1,8 @@
-//! pgstrata's engine.
+#![doc = include_str!("../README.md")]
 
 pub mod backup;
 pub mod chunk;
+pub mod detect;
 pub mod error;
 pub mod pg;
 pub mod progress;

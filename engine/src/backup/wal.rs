@@ -39,12 +39,12 @@ pub(super) struct WalRange {
 }
 
 /// The history of a timeline, from `pg_wal`, and its file.
+///
+/// A timeline without a file has no ancestors, as for PostgreSQL (`timeline.c`, `readTimeLineHistory`); if it has, and the backup needs WAL
+/// of theirs, [`prove`] finds it out.
 pub(super) fn history(data_dir: &DataDir, timeline: TimelineId) -> Result<(TimelineHistory, Option<Item>)> {
     let name = history_file_name(timeline);
     let Some(mut file) = data_dir.open_wal_file(&name)? else {
-        if timeline.as_u32() > 1 {
-            return Err(lost(&name));
-        }
         return Ok((TimelineHistory::without_ancestors(timeline), None));
     };
     let mut bytes = Vec::new();

@@ -183,6 +183,19 @@ impl Repository {
         self.store.put_new(&object, &mut bytes.as_slice())
     }
 
+    /// Removes the packs of a run that failed, unless its manifest is there after all.
+    ///
+    /// # Errors
+    /// When the store cannot list or delete; what is left is litter.
+    pub fn discard(&self, cluster: &ClusterName, run: BackupId) -> Result<()> {
+        let manifest = names::manifest(cluster, run)?;
+        if !self.store.list(manifest.as_str())?.is_empty() {
+            return Ok(());
+        }
+        let packs = self.store.list(&format!("{}{run}/", names::packs(cluster)))?;
+        packs.iter().try_for_each(|pack| self.store.delete(&pack.name))
+    }
+
     /// The packs of a cluster that are in the store, with their lengths.
     ///
     /// # Errors

@@ -108,7 +108,7 @@ impl Packer {
     }
 
     /// Appends metadata records, one right after the other in the same pack, and returns the place of the first; each grows by its
-    /// checksum of [`RECORD_CHECK_LEN`].
+    /// checksum of 16 bytes.
     ///
     /// # Errors
     /// What the store says; `Bug` if there are no records.
@@ -164,12 +164,28 @@ impl Packer {
     /// # Errors
     /// What the store said about any of them.
     pub fn finish(self) -> Result<Vec<PackInfo>> {
-        let mut state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         state.close_pack()?;
         while let Some(writer) = state.closing.pop_front() {
-            state.finished.push(writer.wait()?);
+            let pack = writer.wait()?;
+            state.finished.push(pack);
         }
-        Ok(state.finished)
+        Ok(std::mem::take(&mut state.finished))
+    }
+}
+
+impl Drop for Packer {
+    /// Waits for the threads of a run that was given up, so that no temporary file outlives it.
+    fn drop(&mut self) {
+        let mut state = std::mem::take(&mut *self.lock());
+        let open = state.open.take().map(|OpenPack { sender, writer, .. }| {
+            drop(sender);
+            writer
+        });
+        for writer in state.closing.into_iter().chain(open) {
+            // The run has its own error; that its packs ended badly is no news.
+            let _ = writer.thread.join();
+        }
     }
 }
 
@@ -445,9 +461,7 @@ mod tests {
         let store = MemoryStore::new();
         let packer = Packer::new(Arc::new(store.clone()), ClusterName::default(), id(), PackKind::Data);
         packer.append(vec![1; 1000]).unwrap();
-        let thread = packer.state.lock().unwrap().open.take().map(|pack| pack.writer.thread);
         drop(packer);
-        assert!(thread.unwrap().join().unwrap().is_err());
         assert_eq!(store.list("").unwrap(), []);
     }
 

@@ -1,0 +1,114 @@
+//! One command, measured from outside: the whole process, from its start until it is gone.
+//!
+//! Time is wall time; processor time and peak memory are what the kernel accounts to the process and to the children it
+//! waited for. What the server does for a command is accounted to the server: the difference of its own times, in which
+//! a session is counted once it has ended. The peak memory of a process includes the moment between fork and exec, so a
+//! value at or below that of this program (a few MB) means "no more than that".
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use testdata::{Error, Result};
+use wait4::Wait4;
+
+use crate::cannot;
+
+/// How long the postmaster may take to notice that a session ended.
+const REAP: Duration = Duration::from_millis(50);
+/// How much of a failed command's complaint is repeated.
+const COMPLAINT_LEN: usize = 4000;
+
+/// What a command took.
+#[derive(Clone, Debug, Default)]
+pub struct Usage {
+    /// From its start to its end.
+    pub wall: Duration,
+    /// In user mode.
+    pub user: Duration,
+    /// In the kernel, on its behalf.
+    pub sys: Duration,
+    /// Of the server, user and kernel, on its behalf.
+    pub server: Duration,
+    /// Resident at once, in bytes, at most.
+    pub peak_rss: u64,
+    /// What it printed on standard output.
+    pub output: String,
+}
+
+/// Runs `command` to its end; its output goes through files in `scratch`.
+///
+/// # Errors
+/// With its complaint, when it fails.
+pub fn run(command: &mut Command, scratch: &Path, server_pid: Option<u32>) -> Result<Usage> {
+    let (out, err) = (scratch.join("stdout"), scratch.join("stderr"));
+    let create = |path| File::create(path).map_err(|e| cannot("write", path, e));
+    command.stdin(Stdio::null()).stdout(create(&out)?).stderr(create(&err)?);
+    let server_before = server_pid.map(server_time).transpose()?;
+    let begun = Instant::now();
+    let mut child = command.spawn().map_err(|e| Error::new(format!("cannot run {}: {e}", name(command))))?;
+    let ended = child.wait4().map_err(|e| Error::new(format!("cannot wait for {}: {e}", name(command))))?;
+    let wall = begun.elapsed();
+    if !ended.status.success() {
+        let complaint = read(&err)?;
+        let from = (complaint.len().saturating_sub(COMPLAINT_LEN)..).find(|at| complaint.is_char_boundary(*at));
+        let complaint = complaint[from.unwrap_or(0)..].trim();
+        return Err(Error::new(format!("{} failed ({}): {complaint}", name(command), ended.status)));
+    }
+    std::thread::sleep(REAP);
+    let server_after = server_pid.map(server_time).transpose()?;
+    let server = server_after.unwrap_or_default().saturating_sub(server_before.unwrap_or_default());
+    let (user, sys, peak_rss) = (ended.rusage.utime, ended.rusage.stime, ended.rusage.maxrss);
+    Ok(Usage { wall, user, sys, server, peak_rss, output: read(&out)? })
+}
+
+fn name(command: &Command) -> String {
+    let program = Path::new(command.get_program());
+    program.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn read(path: &Path) -> Result<String> {
+    let bytes = fs::read(path).map_err(|e| cannot("read", path, e))?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The processor time of a server and of its sessions that have ended.
+fn server_time(pid: u32) -> Result<Duration> {
+    let path = format!("/proc/{pid}/stat");
+    let stat = read(path.as_ref())?;
+    let ticks = ticks(&stat).ok_or_else(|| Error::new(format!("{path} reads {stat:?}")))?;
+    Ok(Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64))
+}
+
+/// `utime`, `stime`, `cutime` and `cstime` of a line as in proc(5), summed.
+fn ticks(stat: &str) -> Option<u64> {
+    // The name, in parentheses, may hold anything; the third field follows it.
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().skip(11).take(4).map(|field| field.parse::<u64>().ok()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_times_of_a_process_and_its_children_are_summed() {
+        let stat = "42 (a) b) S 1 42 42 0 -1 4194560 100 0 0 0 1 20 300 4000 20 0 1 0 5 6 7";
+        assert_eq!(ticks(stat), Some(4321));
+        assert_eq!(ticks("42 no name"), None);
+        server_time(std::process::id()).unwrap();
+    }
+
+    #[test]
+    fn a_command_is_measured_and_its_failure_explained() {
+        let scratch = tempfile::tempdir().unwrap();
+        let mut sleep = Command::new("sh");
+        let usage = run(sleep.args(["-c", "sleep 0.05; echo done"]), scratch.path(), None).unwrap();
+        assert!(usage.wall >= Duration::from_millis(50) && usage.peak_rss > 0);
+        assert_eq!(usage.output, "done\n");
+        let mut fails = Command::new("sh");
+        let error = run(fails.args(["-c", "echo why >&2; exit 7"]), scratch.path(), None).unwrap_err().to_string();
+        assert!(error.contains("why") && error.contains('7'), "{error}");
+    }
+}

@@ -1,0 +1,116 @@
+//! Reading a data directory as a backup has to, and nothing else: the bound of every backup.
+//!
+//! `cat` reads the files one after the other; this reads them in slices, by several threads, with the positioned reads of
+//! 256 KiB that a backup makes.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use testdata::{Error, Result};
+
+use crate::cannot;
+
+const SLICE_LEN: u64 = 32 << 20;
+const WINDOW_LEN: usize = 256 << 10;
+
+/// Directories whose contents no backup takes.
+const SKIPPED: [&str; 1] = ["pg_wal"];
+
+/// The files of a data directory that a backup reads, ascending, with their lengths.
+///
+/// # Errors
+/// When a directory cannot be read.
+pub fn files(data_dir: &Path) -> Result<Vec<(PathBuf, u64)>> {
+    let mut found = Vec::new();
+    let mut directories = vec![data_dir.to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(&directory).map_err(|e| cannot("list", &directory, e))? {
+            let entry = entry.map_err(|e| cannot("list", &directory, e))?;
+            let Ok(metadata) = entry.metadata() else { continue };
+            let skipped = directory == data_dir && SKIPPED.iter().any(|name| entry.file_name() == *name);
+            match metadata.is_dir() {
+                true if !skipped => directories.push(entry.path()),
+                false if metadata.is_file() => found.push((entry.path(), metadata.len())),
+                _ => {}
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The bytes of all files below `directory`.
+///
+/// # Errors
+/// When a directory cannot be read.
+pub fn tree_len(directory: &Path) -> Result<u64> {
+    // `files` skips what lies in the root only, so the root's own children are asked one by one.
+    let mut len = 0;
+    for entry in fs::read_dir(directory).map_err(|e| cannot("list", directory, e))? {
+        let path = entry.map_err(|e| cannot("list", directory, e))?.path();
+        len += match path.is_dir() {
+            true => files(&path)?.iter().map(|(_, len)| len).sum::<u64>(),
+            false => fs::metadata(&path).map_err(|e| cannot("look at", &path, e))?.len(),
+        };
+    }
+    Ok(len)
+}
+
+/// Reads everything by `jobs` threads.
+///
+/// # Errors
+/// When a file cannot be read.
+pub fn run(data_dir: &Path, jobs: u32) -> Result<()> {
+    let files = files(data_dir)?;
+    let slices: Vec<(&Path, u64)> = files
+        .iter()
+        .flat_map(|(path, len)| (0..*len).step_by(SLICE_LEN as usize).map(|at| (path.as_path(), at)))
+        .collect();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut window = vec![0; WINDOW_LEN];
+        while let Some((path, from)) = slices.get(next.fetch_add(1, Ordering::Relaxed)) {
+            read_slice(path, *from, &mut window)?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
+        workers
+            .into_iter()
+            .try_for_each(|worker| worker.join().unwrap_or_else(|_| Err(Error::new("a reader panicked"))))
+    })
+}
+
+fn read_slice(path: &Path, from: u64, window: &mut [u8]) -> Result<()> {
+    let file = File::open(path).map_err(|e| cannot("open", path, e))?;
+    let mut at = from;
+    while at < from + SLICE_LEN {
+        match file.read_at(window, at).map_err(|e| cannot("read", path, e))? {
+            0 => break,
+            len => at += len as u64,
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_wal_is_not_read_but_counts_in_a_tree() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["base", "pg_wal"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+            fs::write(dir.path().join(name).join("1"), [7; 100]).unwrap();
+        }
+        fs::write(dir.path().join("PG_VERSION"), "15\n").unwrap();
+        let lens: Vec<u64> = files(dir.path()).unwrap().into_iter().map(|(_, len)| len).collect();
+        assert_eq!(lens, [3, 100]);
+        assert_eq!(tree_len(dir.path()).unwrap(), 203);
+        run(dir.path(), 2).unwrap();
+    }
+}
