@@ -394,7 +394,11 @@ impl Plan<'_> {
             true => self.target.open_file(AUTO_CONF)?,
             false => self.target.make_file(AUTO_CONF, 0, owner)?,
         };
-        let text = recovery_settings(self.major()?, self.options.archive_mode);
+        let mut text = recovery_settings(self.major()?, self.options.archive_mode);
+        if self.manifest.tablespaces.iter().any(|tablespace| tablespace.location.is_none()) {
+            // Recovery refuses a tablespace in place otherwise (xlogrecovery.c, CheckTablespaceDirectory).
+            text.push_str("allow_in_place_tablespaces = on\n");
+        }
         let appended = file.seek(SeekFrom::End(0)).and_then(|_| file.write_all(text.as_bytes()));
         appended.map_err(|e| Error::io("write", Path::new("postgresql.auto.conf"), e))
     }
