@@ -448,7 +448,7 @@ struct Found {
     wal: Vec<WalSpan>,
     control: ControlFile,
     corrupt_pages: Vec<CorruptPage>,
-    settings: Vec<Setting>,
+    settings: Option<Vec<Setting>>,
 }
 
 /// A backup that is being made.
@@ -466,7 +466,7 @@ struct Run<'r, 'p> {
 
 impl<'r, 'p> Run<'r, 'p> {
     fn new(plan: Plan<'r>, progress: &'p dyn Progress) -> Result<Self> {
-        let start_time = Timestamp::now();
+        let start_time = whole_second(Timestamp::now());
         let id = BackupId::generate(start_time)?;
         let packer = |kind| Packer::new(Arc::clone(plan.repo.store()), plan.options.cluster.clone(), id, kind);
         let processors = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
@@ -494,7 +494,7 @@ impl<'r, 'p> Run<'r, 'p> {
         let mut entries = self.copy_cluster(&listing, judge.as_ref())?;
         let (control_entry, control) = self.copy_control(&listing)?;
         entries.push(control_entry);
-        entries.extend(self.copy_external(&listing)?);
+        entries.extend(self.copy_external()?);
         let bounds = self.stop(start, &control)?;
         let range = self.wal_range(&bounds);
         entries.extend(self.copy_wal(range)?);
@@ -568,16 +568,14 @@ impl<'r, 'p> Run<'r, 'p> {
         Ok((copied.ok_or_else(|| Error::bug("pg_control was not copied"))?, control))
     }
 
-    /// Copies `pg_hba.conf` and `pg_ident.conf` from wherever the server has them, if the data directory has none.
-    fn copy_external(&self, listing: &Listing) -> Result<Vec<FileEntry>> {
+    /// Copies `pg_hba.conf` and `pg_ident.conf` from wherever the server has them, if that is not the data directory.
+    fn copy_external(&self) -> Result<Vec<FileEntry>> {
         let Source::Live { session, data_dir } = &self.plan.source else { return Ok(Vec::new()) };
         let server = session.server();
         let mut items = Vec::new();
         for (name, path) in [("pg_hba.conf", &server.hba_file), ("pg_ident.conf", &server.ident_file)] {
-            let listed = listing.entries.iter().any(|entry| *entry.path == *name.as_bytes());
-            let bytes = if listed { None } else { data_dir.read_external(path)? };
-            if let Some(bytes) = bytes {
-                let (path, len) = (name.as_bytes().to_vec(), bytes.len() as u64);
+            if let Some(bytes) = data_dir.read_external(path)? {
+                let (path, len) = (format!("/{name}").into_bytes(), bytes.len() as u64);
                 let entry =
                     FileEntry { path, kind: FileKind::External, mode: 0o600, uid: 0, gid: 0, len, parts: Vec::new() };
                 items.push(Item { entry, content: Content::Bytes(Arc::from(bytes)), relation: None, parent: None });
@@ -586,14 +584,21 @@ impl<'r, 'p> Run<'r, 'p> {
         self.copy(&items, None)
     }
 
-    /// Settings from outside the data directory, if it has no `postgresql.conf` of its own.
-    fn settings(&self, listing: &Listing) -> Result<Vec<Setting>> {
-        let Source::Live { session, .. } = &self.plan.source else { return Ok(Vec::new()) };
-        if listing.entries.iter().any(|entry| *entry.path == *b"postgresql.conf") {
-            return Ok(Vec::new());
+    /// Settings from outside the data directory, if the server's `postgresql.conf` lies there.
+    fn settings(&self, listing: &Listing) -> Result<Option<Vec<Setting>>> {
+        let Source::Live { session, data_dir } = &self.plan.source else {
+            if !listing.entries.iter().any(|entry| *entry.path == *b"postgresql.conf") {
+                let what =
+                    "there is no postgresql.conf in the data directory: the server's settings are not in this backup";
+                self.progress.notice(what);
+            }
+            return Ok(None);
+        };
+        if data_dir.contains(&session.server().config_file)? {
+            return Ok(None);
         }
         let setting = |found: FileSetting| Setting { name: found.name, value: ByteString(found.value) };
-        Ok(session.file_settings()?.into_iter().map(setting).collect())
+        Ok(Some(session.file_settings()?.into_iter().map(setting).collect()))
     }
 
     fn copy(&self, items: &[Item], judge: Option<&Judge>) -> Result<Vec<FileEntry>> {
@@ -735,7 +740,8 @@ impl<'r, 'p> Run<'r, 'p> {
         manifest.pages = pages;
         manifest.packs = with_lengths(&needed, &own, self.plan.parent.as_ref())?;
         manifest.sequence = self.plan.repo.catalog(&manifest.cluster)?.next_sequence();
-        manifest.stop_time = Timestamp::now();
+        manifest.stop_time = whole_second(Timestamp::now());
+        manifest.duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         let manifest_len = self.plan.repo.commit(&manifest)?;
         Ok(Report {
             backup: BackupSummary::new(&manifest, manifest_len),
@@ -778,6 +784,7 @@ impl<'r, 'p> Run<'r, 'p> {
             wal: found.wal.clone(),
             start_time: self.start_time,
             stop_time: self.start_time,
+            duration_ms: 0,
             from_standby: bounds.from_standby,
             offline: bounds.backup_label.is_none(),
             backup_label: bounds.backup_label.clone().map(ByteString),
@@ -785,7 +792,8 @@ impl<'r, 'p> Run<'r, 'p> {
             tablespaces: listing.tablespaces.iter().map(tablespace_location).collect(),
             data_directory_mode: listing.mode,
             data_directory_owner: (listing.uid, listing.gid),
-            settings: found.settings.clone(),
+            config_outside: found.settings.is_some(),
+            settings: found.settings.clone().unwrap_or_default(),
             cluster_bytes: bytes(|kind| kind != FileKind::Wal),
             wal_bytes: bytes(|kind| kind == FileKind::Wal),
             file_count: found.entries.iter().filter(|entry| entry.kind == FileKind::File).count() as u64,
@@ -798,6 +806,11 @@ impl<'r, 'p> Run<'r, 'p> {
             pages: Vec::new(),
         })
     }
+}
+
+/// Times are told in whole seconds: finer ones are read by few programs.
+fn whole_second(time: Timestamp) -> Timestamp {
+    Timestamp::from_second(time.as_second()).unwrap_or(time)
 }
 
 fn tablespace_location(found: &Tablespace) -> TablespaceLocation {

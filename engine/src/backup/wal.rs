@@ -18,8 +18,8 @@ use std::sync::Arc;
 use super::copy::{Content, Item};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{
-    ControlFile, Lsn, MajorVersion, TimelineHistory, TimelineId, WalRecord, WalSegmentSize, WalSource, WalStep, WalWalker,
-    history_file_name,
+    ControlFile, Lsn, MajorVersion, TimelineHistory, TimelineId, WalRecord, WalSegmentSize, WalSource, WalStep,
+    WalWalker, history_file_name,
 };
 use crate::repo::{FileEntry, FileKind, WalSpan};
 use crate::source::DataDir;
@@ -141,7 +141,8 @@ impl Hazards {
             return;
         }
         let data = record.main_data().unwrap_or(&[]);
-        let word = |at: usize| data.get(4 * at..4 * at + 4).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes);
+        let word =
+            |at: usize| data.get(4 * at..4 * at + 4).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes);
         if kind.0 == Self::TABLESPACE {
             let in_place = data.get(4).is_some_and(|byte| *byte == 0);
             if !in_place {
@@ -167,7 +168,8 @@ pub(super) fn end_of_checkpoint(data_dir: &DataDir, control: &ControlFile) -> Re
     let segment_size = control.wal_segment_size;
     let range = WalRange { start: control.checkpoint, stop, timeline: control.timeline, segment_size, at_rest: true };
     let mut log = Log::open(data_dir, range, control)?;
-    log.next(|_| ())?.ok_or_else(|| Error::corrupt(control.checkpoint.to_string(), "the last checkpoint is not in pg_wal"))
+    log.next(|_| ())?
+        .ok_or_else(|| Error::corrupt(control.checkpoint.to_string(), "the last checkpoint is not in pg_wal"))
 }
 
 /// The records of `pg_wal` in a range.
