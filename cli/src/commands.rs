@@ -46,7 +46,7 @@ fn open(repo: &Path) -> Result<Repository, Failure> {
 }
 
 fn init(repo: &Path, out: Printer) -> Result<Exit, Failure> {
-    Repository::init(repo).map_err(Failure::opening)?;
+    Repository::init(repo)?;
     out.document(&report::Initialised { repository: repo }, || {
         let repo = report::shell_word(&repo.display().to_string());
         format!("created a repository in {repo}\nback up into it: pgstrata backup --repo {repo} -D DIR\n")
@@ -100,13 +100,13 @@ fn say_what_is_corrupt(backup: &BackupSummary, place: &str, repo: &Path) -> Exit
 }
 
 fn list(repo: &Path, cluster: &ClusterName, out: Printer) -> Result<Exit, Failure> {
-    let catalog = open(repo)?.catalog(cluster)?;
+    let catalog = open(repo)?.catalog(cluster).map_err(Failure::opening)?;
     out.document(&catalog.backups(), || report::list(catalog.backups()))?;
     Ok(say_what_is_damaged(&catalog))
 }
 
 fn show(repo: &Path, cluster: &ClusterName, backup: &str, out: Printer) -> Result<Exit, Failure> {
-    let catalog = open(repo)?.catalog(cluster)?;
+    let catalog = open(repo)?.catalog(cluster).map_err(Failure::opening)?;
     let backup = catalog.select(backup)?;
     out.document(&backup, || report::details(&backup))?;
     Ok(say_what_is_damaged(&catalog))
