@@ -45,6 +45,19 @@ fn open(repo: &Path) -> Result<Repository, Failure> {
     Repository::open(repo).map_err(Failure::opening)
 }
 
+/// Says so whenever it creates one: a nightly job that keeps `--init` would otherwise pass over a disk that is not
+/// mounted, night after night, into the empty directory under it.
+fn open_or_create(repo: &Path) -> Result<Repository, Failure> {
+    match Repository::open(repo) {
+        Err(error) if error.kind() == ErrorKind::Missing => {
+            let repository = Repository::init(repo)?;
+            report::print_notice(&format!("created a repository in {}", repo.display()));
+            Ok(repository)
+        }
+        opened => opened.map_err(Failure::opening),
+    }
+}
+
 fn init(repo: &Path, out: Printer) -> Result<Exit, Failure> {
     Repository::init(repo)?;
     out.document(&report::Initialised { repository: repo }, || {
@@ -68,8 +81,7 @@ fn plan_backup(repo: &Path, init: bool, options: &backup::Options, out: Printer)
 }
 
 fn back_up(repo: &Path, init: bool, options: &backup::Options, out: Printer) -> Result<Exit, Failure> {
-    let opened = if init { Repository::open_or_init(repo) } else { Repository::open(repo) };
-    let repository = opened.map_err(Failure::opening)?;
+    let repository = if init { open_or_create(repo)? } else { open(repo)? };
     let bars = Bars::new();
     let done = backup::run(&repository, options, &bars);
     bars.finish();
