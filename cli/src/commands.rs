@@ -113,7 +113,7 @@ fn say_what_is_corrupt(backup: &BackupSummary, place: &str, repo: &Path) -> Exit
 
 fn list(repo: &Path, cluster: &ClusterName, out: Printer) -> Result<Exit, Failure> {
     let catalog = open(repo)?.catalog(cluster).map_err(Failure::opening)?;
-    out.document(&catalog.backups(), || report::list(catalog.backups()))?;
+    out.document(&catalog.backups(), || report::list(catalog.backups(), report::terminal_width()))?;
     Ok(say_what_is_damaged(&catalog))
 }
 
