@@ -462,7 +462,8 @@ pub fn restore(done: &engine::restore::Report) -> String {
     let _ = writeln!(text, "  written  {}{speed}", size(done.bytes_written));
     text += &corrupt_pages(&done.backup);
     let major = done.backup.postgres_version.split('.').next().unwrap_or_default();
-    text + &format!("start it with PostgreSQL {major}: pg_ctl -D {target} start\n")
+    let _ = writeln!(text, "start it with PostgreSQL {major}: pg_ctl -D {target} start");
+    text + &format!("while its original runs on this host: pg_ctl -D {target} -o '-p 5433' start\n")
 }
 
 /// What verify found.
@@ -686,6 +687,7 @@ mod tests {
                 "  read     31.0 MiB",
                 "  written  64.0 MiB, 32.0 MiB/s",
                 "start it with PostgreSQL 15: pg_ctl -D /srv/pg start",
+                "while its original runs on this host: pg_ctl -D /srv/pg -o '-p 5433' start",
             ]
         );
     }
