@@ -5,8 +5,10 @@
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueHint};
+use engine::Error;
 use engine::backup::{Compression, DetectorChoice};
 use engine::repo::ClusterName;
 
@@ -55,7 +57,7 @@ pub struct RepoArgs {
     pub repo: PathBuf,
 
     /// Which of the clusters in the repository.
-    #[arg(long, value_name = "NAME", default_value = "main")]
+    #[arg(long, value_name = "NAME", value_parser = parse::<ClusterName>, default_value = "main")]
     pub cluster: ClusterName,
 }
 
@@ -78,11 +80,13 @@ pub struct BackupArgs {
     #[command(flatten)]
     pub repo: RepoArgs,
 
-    /// Create the repository first if there is none.
+    /// Create the repository first if there is none. For the first backup: in a nightly job it would pass over a disk
+    /// that is not mounted.
     #[arg(long)]
     pub init: bool,
 
-    /// The cluster's data directory [default: PGDATA, else what the server says].
+    /// The cluster's data directory [default: PGDATA, else what the server says]. Without -d and PGHOST, the server
+    /// that runs on it is found through its postmaster.pid.
     #[arg(short = 'D', long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub pgdata: Option<PathBuf>,
 
@@ -94,7 +98,7 @@ pub struct BackupArgs {
     pub parent: ParentArgs,
 
     /// How to find the blocks that changed: auto, scan. Both read every page; scan is the only detector so far.
-    #[arg(long, value_name = "DETECTOR", default_value = "auto")]
+    #[arg(long, value_name = "DETECTOR", value_parser = parse::<DetectorChoice>, default_value = "auto")]
     pub detect: DetectorChoice,
 
     /// Scan as well, and report every block that the detector missed.
@@ -102,7 +106,7 @@ pub struct BackupArgs {
     pub audit: bool,
 
     /// Back up a cluster that is cleanly stopped, from its directory alone.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "dbname")]
     pub offline: bool,
 
     /// How many threads read, hash and compress [default: one per core].
@@ -110,7 +114,7 @@ pub struct BackupArgs {
     pub jobs: Option<NonZeroUsize>,
 
     /// How to compress: zstd:1 (fast) to zstd:19 (small), or none.
-    #[arg(long, value_name = "METHOD", default_value = "zstd:1")]
+    #[arg(long, value_name = "METHOD", value_parser = parse::<Compression>, default_value = "zstd:1")]
     pub compress: Compression,
 
     /// Read no more than so many bytes a second: 50M, 1G, 100k.
@@ -121,7 +125,7 @@ pub struct BackupArgs {
     #[arg(long, value_name = "TEXT")]
     pub note: Option<String>,
 
-    /// Say what would be read and written, and do nothing.
+    /// Say what would be compared with what, and where it would be stored, and do nothing.
     #[arg(long)]
     pub dry_run: bool,
 
@@ -211,7 +215,7 @@ pub struct RestoreArgs {
     #[arg(short, long, value_name = "N", value_parser = parse_jobs)]
     pub jobs: Option<NonZeroUsize>,
 
-    /// Say what would be read and written, and do nothing.
+    /// Say what would be restored, how much and where, and do nothing.
     #[arg(long)]
     pub dry_run: bool,
 
@@ -254,6 +258,11 @@ fn parse_repo(text: &str) -> Result<PathBuf, String> {
     }
 }
 
+/// Parses a value of the engine's; where the engine has a hint, that says what is allowed, and clap quotes the value.
+fn parse<T: FromStr<Err = Error>>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|error: Error| error.hint_text().unwrap_or(error.what()).to_owned())
+}
+
 fn parse_jobs(text: &str) -> Result<NonZeroUsize, String> {
     text.parse().map_err(|_| "expected a number of threads, 1 or more".to_owned())
 }
@@ -294,7 +303,7 @@ Every long option can also be set in the environment (--max-rate as PGSTRATA_MAX
 environment over the file.
 
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but damage was found; 4 locked by another run; 5 the repository \
-is damaged or unreadable.";
+is damaged, unreadable, or none. Interrupted by a signal, it ends by that signal.";
 
 const INIT_HELP: &str = "\
 Example:
@@ -302,8 +311,10 @@ Example:
 
 const BACKUP_HELP: &str = "\
 Examples:
-  # The first backup, in full, and from then on every night what changed:
+  # The first backup, in full:
   pgstrata backup --init --repo /backup/pg -D /var/lib/postgresql/15/main
+  # From then on, every night, what changed:
+  pgstrata backup --repo /backup/pg -D /var/lib/postgresql/15/main
   # Gently, on a busy machine:
   pgstrata backup --repo /backup/pg -d service=production --jobs 2 --max-rate 200M
   # A cluster that is stopped:
@@ -381,6 +392,31 @@ mod tests {
         for text in ["", "/a", "/a=", "=/b", "/a=/b=/c", r"/a\=/b", "a=/b", "/a=b"] {
             assert!(parse_tablespace_map(text).is_err(), "{text:?}");
         }
+    }
+
+    #[test]
+    fn a_value_that_is_refused_says_what_is_allowed() {
+        let backup = |option: &str, value: &str| {
+            let error = Cli::try_parse_from(["pgstrata", "backup", "--repo", "/r", option, value]).err().unwrap();
+            error.to_string().lines().next().unwrap().to_owned()
+        };
+        let cases = [
+            ("--compress", "gzip", "for '--compress <METHOD>': use zstd:LEVEL with a level of 1 to 19, or none"),
+            ("--compress", "zstd:20", "a level of 1 to 19"),
+            ("--cluster", "../x", "use up to 63 letters, digits"),
+            ("--detect", "guess", "use auto, scan"),
+        ];
+        for (option, value, allowed) in cases {
+            let message = backup(option, value);
+            assert!(message.contains(value) && message.contains(allowed), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_cluster_that_is_stopped_cannot_be_connected_to() {
+        let line = ["pgstrata", "backup", "--repo", "/r", "-D", "/d", "--offline", "-d", "host=db"];
+        let error = Cli::try_parse_from(line).err().unwrap();
+        assert_eq!(error.kind(), clap::error::ErrorKind::ArgumentConflict);
     }
 
     #[test]

@@ -45,8 +45,21 @@ fn open(repo: &Path) -> Result<Repository, Failure> {
     Repository::open(repo).map_err(Failure::opening)
 }
 
+/// Says so whenever it creates one: a nightly job that keeps `--init` would otherwise pass over a disk that is not
+/// mounted, night after night, into the empty directory under it.
+fn open_or_create(repo: &Path) -> Result<Repository, Failure> {
+    match Repository::open(repo) {
+        Err(error) if error.kind() == ErrorKind::Missing => {
+            let repository = Repository::init(repo)?;
+            report::print_notice(&format!("created a repository in {}", repo.display()));
+            Ok(repository)
+        }
+        opened => opened.map_err(Failure::opening),
+    }
+}
+
 fn init(repo: &Path, out: Printer) -> Result<Exit, Failure> {
-    Repository::init(repo).map_err(Failure::opening)?;
+    Repository::init(repo)?;
     out.document(&report::Initialised { repository: repo }, || {
         let repo = report::shell_word(&repo.display().to_string());
         format!("created a repository in {repo}\nback up into it: pgstrata backup --repo {repo} -D DIR\n")
@@ -68,8 +81,7 @@ fn plan_backup(repo: &Path, init: bool, options: &backup::Options, out: Printer)
 }
 
 fn back_up(repo: &Path, init: bool, options: &backup::Options, out: Printer) -> Result<Exit, Failure> {
-    let opened = if init { Repository::open_or_init(repo) } else { Repository::open(repo) };
-    let repository = opened.map_err(Failure::opening)?;
+    let repository = if init { open_or_create(repo)? } else { open(repo)? };
     let bars = Bars::new();
     let done = backup::run(&repository, options, &bars);
     bars.finish();
@@ -100,13 +112,13 @@ fn say_what_is_corrupt(backup: &BackupSummary, place: &str, repo: &Path) -> Exit
 }
 
 fn list(repo: &Path, cluster: &ClusterName, out: Printer) -> Result<Exit, Failure> {
-    let catalog = open(repo)?.catalog(cluster)?;
-    out.document(&catalog.backups(), || report::list(catalog.backups()))?;
+    let catalog = open(repo)?.catalog(cluster).map_err(Failure::opening)?;
+    out.document(&catalog.backups(), || report::list(catalog.backups(), report::terminal_width()))?;
     Ok(say_what_is_damaged(&catalog))
 }
 
 fn show(repo: &Path, cluster: &ClusterName, backup: &str, out: Printer) -> Result<Exit, Failure> {
-    let catalog = open(repo)?.catalog(cluster)?;
+    let catalog = open(repo)?.catalog(cluster).map_err(Failure::opening)?;
     let backup = catalog.select(backup)?;
     out.document(&backup, || report::details(&backup))?;
     Ok(say_what_is_damaged(&catalog))

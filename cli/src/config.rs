@@ -463,6 +463,12 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_that_the_file_names_is_no_conflict_with_offline() {
+        let options = backup_options("dbname = 'service=main'", &[], "backup --repo /r -D /d --offline");
+        assert!(options.offline);
+    }
+
+    #[test]
     fn two_parents_in_one_layer_are_refused() {
         let both = [("PGSTRATA_FULL", "1"), ("PGSTRATA_PARENT", "2026")];
         assert!(usage_error("", &both, "backup --repo /r").contains("the environment sets both full and parent"));

@@ -170,7 +170,7 @@ The same on your own server, as the user who owns its data directory (usually po
   pgstrata list --repo /backup/pg
   pgstrata verify --repo /backup/pg
   pgstrata restore --repo /backup/pg --target /an/empty/directory
-Run the first line every night: it stores only what changed. `pgstrata backup --help` says more.
+Run the first line every night, without --init: it stores only what changed. `pgstrata backup --help` says more.
 ";
 
 /// Digests by database and table: the number of rows and a hash.

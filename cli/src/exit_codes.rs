@@ -8,6 +8,8 @@
 //! | 3 | done, but damage was found: corrupt pages in the cluster, or a repository that does not verify |
 //! | 4 | another run holds the lock |
 //! | 5 | the repository is damaged, unreadable, or none |
+//!
+//! A run that a signal interrupts ends by that signal, which a shell shows as 128 and the signal's number.
 
 use std::process::ExitCode;
 
@@ -34,12 +36,11 @@ impl Exit {
         }
     }
 
-    /// The same for an error met while opening the repository, where "not there" and "newer" mean that there is no
-    /// repository to work with.
+    /// The same for an error met while opening the repository: whatever it is, there is none to work with.
     pub fn of_opening(error: &Error) -> Self {
-        match error.kind() {
-            ErrorKind::Missing | ErrorKind::Unsupported => Self::Repository,
-            _ => Self::of(error),
+        match Self::of(error) {
+            Self::Locked => Self::Locked,
+            _ => Self::Repository,
         }
     }
 
@@ -79,13 +80,15 @@ mod tests {
         let locked = Error::new(ErrorKind::Conflict, "the repository is locked by process 12");
         assert_eq!(Exit::of(&locked), Exit::Locked);
         let exists = Error::new(ErrorKind::Conflict, "there is a repository already");
-        assert_eq!(Exit::of_opening(&exists), Exit::Failed);
+        assert_eq!(Exit::of(&exists), Exit::Failed);
     }
 
     #[test]
-    fn a_repository_that_is_missing_newer_or_damaged_is_five() {
-        for kind in [ErrorKind::Missing, ErrorKind::Unsupported, ErrorKind::Corrupt] {
+    fn a_repository_that_cannot_be_opened_is_five_whatever_the_reason() {
+        use ErrorKind::*;
+        for kind in [Unavailable, Corrupt, Missing, Conflict, Invalid, Unsupported] {
             assert_eq!(Exit::of_opening(&Error::new(kind, "no")), Exit::Repository, "{kind:?}");
         }
+        assert_eq!(Exit::of_opening(&Error::new(Conflict, "locked by process 12")), Exit::Locked);
     }
 }

@@ -31,9 +31,10 @@ impl Failure {
         Self::Usage(text.into())
     }
 
-    /// An error met while opening or creating the repository.
+    /// An error met while opening the repository.
     pub fn opening(error: Error) -> Self {
         let exit = Exit::of_opening(&error);
+        let error = if exit == Exit::Repository { with_hint_about_the_header(error) } else { error };
         Self::Failed { error, exit }
     }
 
@@ -57,6 +58,17 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let exit = Exit::of(&error);
         Self::Failed { error, exit }
+    }
+}
+
+/// A damaged header is frightening, and damage to one small file.
+fn with_hint_about_the_header(error: Error) -> Error {
+    match (error.kind(), error.hint_text()) {
+        (ErrorKind::Corrupt, None) => error.hint(
+            "the backups are in other files: don't make a new repository here, \
+             but put its file `repository` back from a copy of the directory",
+        ),
+        _ => error,
     }
 }
 
@@ -266,19 +278,32 @@ struct DryRun<'a> {
     plan: Vec<&'a str>,
 }
 
+/// The columns that a narrow terminal does without, the first to go first.
+const DISPENSABLE: [&str; 5] = ["detector", "parent", "took", "cluster", "changed"];
+
 /// A table with a line for each backup, and under it a line for whatever is unusual about that backup.
-pub fn list(backups: &[BackupSummary]) -> String {
+///
+/// In a terminal of `width` columns, columns are left out until it fits; else it has all of them.
+pub fn list(backups: &[BackupSummary], width: Option<usize>) -> String {
     if backups.is_empty() {
         return "no backups yet\n".to_owned();
     }
     let head = ["id", "type", "started (UTC)", "took", "cluster", "stored", "changed", "parent", "detector"];
     let rows: Vec<_> = backups.iter().map(row).collect();
-    let widths: Vec<usize> = (0..head.len())
-        .map(|i| rows.iter().map(|row| row[i].len()).chain([head[i].len()]).max().unwrap_or(0))
+    let mut columns: Vec<Column> = (0..head.len())
+        .map(|index| {
+            let cells = rows.iter().map(|row| row[index].len());
+            Column { index, width: cells.chain([head[index].len()]).max().unwrap_or(0) }
+        })
         .collect();
-    let mut text = line(&head.map(str::to_owned), &widths);
+    for name in DISPENSABLE {
+        if width.is_some_and(|width| table_width(&columns) > width) {
+            columns.retain(|column| head[column.index] != name);
+        }
+    }
+    let mut text = line(&head.map(str::to_owned), &columns);
     for (row, backup) in rows.iter().zip(backups) {
-        text += &line(row, &widths);
+        text += &line(row, &columns);
         if let Some(remarks) = remarks(backup) {
             let _ = writeln!(text, "    {remarks}");
         }
@@ -286,6 +311,23 @@ pub fn list(backups: &[BackupSummary]) -> String {
     let stored = backups.iter().map(|backup| backup.stored_bytes).fold(0, u64::saturating_add);
     let _ = writeln!(text, "{}, {} stored", count(backups.len() as u64, "backup"), size(stored));
     text
+}
+
+/// How many columns the terminal has that standard output is; nothing if it is none.
+pub fn terminal_width() -> Option<usize> {
+    terminal_size::terminal_size_of(std::io::stdout()).map(|(width, _)| width.0.into())
+}
+
+/// A column of the table: which cell of a row, and how wide.
+struct Column {
+    index: usize,
+    width: usize,
+}
+
+const GAP: &str = "  ";
+
+fn table_width(columns: &[Column]) -> usize {
+    columns.iter().map(|column| column.width + GAP.len()).sum::<usize>().saturating_sub(GAP.len())
 }
 
 fn row(backup: &BackupSummary) -> [String; 9] {
@@ -303,13 +345,13 @@ fn row(backup: &BackupSummary) -> [String; 9] {
 }
 
 /// One line; numbers are to the right, words to the left.
-fn line(cells: &[String; 9], widths: &[usize]) -> String {
+fn line(cells: &[String; 9], columns: &[Column]) -> String {
     let is_number = |i: usize| (3..7).contains(&i);
-    let cells = cells.iter().zip(widths).enumerate().map(|(i, (cell, &width))| match is_number(i) {
-        true => format!("{cell:>width$}"),
-        false => format!("{cell:<width$}"),
+    let cells = columns.iter().map(|&Column { index, width }| match is_number(index) {
+        true => format!("{:>width$}", cells[index]),
+        false => format!("{:<width$}", cells[index]),
     });
-    format!("{}\n", cells.collect::<Vec<_>>().join("  ").trim_end())
+    format!("{}\n", cells.collect::<Vec<_>>().join(GAP).trim_end())
 }
 
 /// The part of an id that tells it apart at a glance: a table has no room for two whole ones.
@@ -420,7 +462,8 @@ pub fn restore(done: &engine::restore::Report) -> String {
     let _ = writeln!(text, "  written  {}{speed}", size(done.bytes_written));
     text += &corrupt_pages(&done.backup);
     let major = done.backup.postgres_version.split('.').next().unwrap_or_default();
-    text + &format!("start it with PostgreSQL {major}: pg_ctl -D {target} start\n")
+    let _ = writeln!(text, "start it with PostgreSQL {major}: pg_ctl -D {target} start");
+    text + &format!("while its original runs on this host: pg_ctl -D {target} -o '-p 5433' start\n")
 }
 
 /// What verify found.
@@ -538,7 +581,7 @@ mod tests {
     #[test]
     fn a_list_has_a_line_for_each_backup_and_one_more_for_what_is_unusual() {
         assert_eq!(
-            lines(&list(&[full(), incremental()])),
+            lines(&list(&[full(), incremental()], None)),
             [
                 "id                         type         started (UTC)       took  cluster    stored   changed  parent    detector",
                 "20261121T010502Z-1a2b3c4d  full         2026-11-21 01:05   4m07s  123 GiB  31.0 GiB  16121856  -         scan",
@@ -547,7 +590,7 @@ mod tests {
                 "2 backups, 31.2 GiB stored",
             ]
         );
-        assert_eq!(list(&[]), "no backups yet\n");
+        assert_eq!(list(&[], None), "no backups yet\n");
     }
 
     #[test]
@@ -562,8 +605,26 @@ mod tests {
             detector: "summary".to_owned(),
             ..full()
         };
-        let width = list(&[widest]).lines().map(|line| line.chars().count()).max();
+        let width = list(&[widest], None).lines().map(|line| line.chars().count()).max();
         assert!(width <= Some(120), "{width:?}");
+    }
+
+    #[test]
+    fn a_narrow_terminal_gets_fewer_columns_and_no_line_too_long() {
+        let table = |width| list(&[full(), incremental()], Some(width));
+        let head = |width| {
+            let head = table(width).lines().next().unwrap().replace(" (UTC)", "");
+            head.split_whitespace().collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(head(120), "id type started took cluster stored changed parent detector");
+        assert_eq!(head(110), "id type started took cluster stored changed parent");
+        assert_eq!(head(100), "id type started took cluster stored changed");
+        assert_eq!(head(90), "id type started cluster stored changed");
+        assert_eq!(head(80), "id type started stored changed");
+        assert_eq!(head(20), "id type started stored");
+        for width in 70..130 {
+            assert!(table(width).lines().all(|line| line.chars().count() <= width), "{width}");
+        }
     }
 
     #[test]
@@ -626,6 +687,7 @@ mod tests {
                 "  read     31.0 MiB",
                 "  written  64.0 MiB, 32.0 MiB/s",
                 "start it with PostgreSQL 15: pg_ctl -D /srv/pg start",
+                "while its original runs on this host: pg_ctl -D /srv/pg -o '-p 5433' start",
             ]
         );
     }

@@ -5,11 +5,12 @@ use std::process::{Command, Output};
 use serde_json::Value;
 
 /// A failing call of each command, and its exit code.
-const FAILING: [(&str, i32); 9] = [
+const FAILING: [(&str, i32); 10] = [
     ("init --repo /dev/null/repo", 1),
     ("backup --repo /nonexistent/repo -D /nonexistent", 5),
     ("list --repo /nonexistent/repo", 5),
     ("list --repo /nonexistent/repo latest", 5),
+    ("list --repo /dev/null", 5),
     ("verify --repo /nonexistent/repo", 5),
     ("restore --repo /nonexistent/repo --target /nonexistent/target", 5),
     ("demo --dir /nonexistent", 1),
@@ -72,6 +73,25 @@ fn init_then_list_on_a_new_repository() {
     assert_eq!(created["repository"], repo.display().to_string());
     assert_eq!(serde_json::from_slice::<Value>(&on("list").stdout).unwrap(), Value::Array(Vec::new()));
     assert_eq!(on("init").status.code(), Some(1), "a repository is never made over another");
+}
+
+#[test]
+fn a_repository_that_cannot_be_opened_is_exit_code_five() {
+    let dir = tempfile::tempdir().unwrap();
+    let repo = dir.path().join("repo");
+    let list = || pgstrata(&format!("list --repo {}", repo.display()));
+    assert_eq!(pgstrata(&format!("init --repo {}", repo.display())).status.code(), Some(0));
+    assert_eq!(list().status.code(), Some(0));
+    let header = repo.join("repository");
+    let sound = std::fs::read(&header).unwrap();
+    std::fs::write(&header, &sound[1..]).unwrap();
+    let damaged = list();
+    assert_eq!(damaged.status.code(), Some(5), "damaged");
+    assert!(text(&damaged.stderr).contains("hint: the backups are in other files"), "{}", text(&damaged.stderr));
+    std::fs::remove_file(&header).unwrap();
+    assert_eq!(list().status.code(), Some(5), "not one");
+    std::fs::create_dir(&header).unwrap();
+    assert_eq!(list().status.code(), Some(5), "unreadable");
 }
 
 #[test]
