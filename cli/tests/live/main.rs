@@ -7,6 +7,7 @@ mod corruption;
 mod errors;
 mod history;
 mod quiesced;
+mod races;
 mod restore;
 mod smoke;
 mod standby;
