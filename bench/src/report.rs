@@ -171,12 +171,13 @@ fn make_directory(args: &NightlyArgs) -> Result<PathBuf> {
 }
 
 fn command(args: &NightlyArgs, notes: &Notes) -> String {
-    let NightlyArgs { scale, runs, major, jobs, compress, cold, .. } = args;
+    let NightlyArgs { scale, runs, major, jobs, compress, cold, patience, .. } = args;
     let cold = if *cold { " --cold" } else { "" };
+    let patience = if *patience > 0 { format!(" --patience {patience}") } else { String::new() };
     let mut text = format!(
         "cargo run --release -p bench -- nightly --scale {scale} --runs {runs} --major {major} --jobs {jobs} \
-         --compress {compress}{cold}\n\nThe server's settings: {}\n\nThe commands of the first round; WORK is the \
-         scratch directory. Before each: CHECKPOINT, syncfs.\n",
+         --compress {compress}{cold}{patience}\n\nThe server's settings: {}\n\nThe commands of the first round; WORK is the \
+         scratch directory. Before each: CHECKPOINT, syncfs, all files read once.\n",
         nightly::settings()
     );
     notes.commands.iter().for_each(|command| {

@@ -32,6 +32,8 @@ pub const CONF: [&str; 6] = [
     "unix_socket_permissions = 0700",
 ];
 const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
+/// Programs that not every installation has.
+const TOOLS: [&str; 2] = ["pgbench", "pg_basebackup"];
 const MB: f64 = 1e6;
 /// Of all processors' time: less is nobody.
 const QUIET: f64 = 0.1;
@@ -232,8 +234,14 @@ fn work_in(dir: &Path, user: &ServerUser) -> Result<TempDir> {
 /// A started cluster with data checksums in `data_dir`.
 fn make_cluster(args: &NightlyArgs, user: &ServerUser, data_dir: &Path) -> Result<Cluster> {
     let cache = Cache::for_tests()?;
-    let server = Arc::new(Installation::for_major(args.major, &cache)?);
-    let tools = match ["pgbench", "pg_basebackup"].iter().all(|name| server.has(name)) {
+    let complete = |found: &Installation| TOOLS.iter().all(|name| found.has(name));
+    // A directory with links to the server's programs only may hide the whole installation, whose tools are of its version.
+    let mut local = Installation::find_local().into_iter();
+    let server = match local.find(|found| found.major == args.major && complete(found)) {
+        Some(found) => Arc::new(found),
+        None => Arc::new(Installation::for_major(args.major, &cache)?),
+    };
+    let tools = match complete(&server) {
         true => Arc::clone(&server),
         false => Arc::new(Installation::fetch_wheel(&cache)?),
     };
