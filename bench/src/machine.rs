@@ -20,16 +20,19 @@ pub fn machine(stage: &Stage) -> Result<String> {
     let mut text = String::new();
     let _ = writeln!(text, "processor    {}", field(&cpuinfo, "model name").unwrap_or("unknown"));
     let _ = writeln!(text, "cores        {cores}");
-    let _ = writeln!(
-        text,
-        "cache        {} (last level, of a core's view)",
-        field(&cpuinfo, "cache size").unwrap_or("unknown")
-    );
+    let _ = writeln!(text, "caches       {}", caches());
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let _ = writeln!(text, "memory       {}", field(&meminfo, "MemTotal").unwrap_or("unknown"));
     let _ = writeln!(text, "kernel       Linux {}", rustix::system::uname().release().to_string_lossy());
     let _ = writeln!(text, "file system  {}", file_system(stage.work())?);
     Ok(text)
+}
+
+/// The sizes of the caches that the first processor sees, smallest first.
+fn caches() -> String {
+    let size = |index| fs::read_to_string(format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size")).ok();
+    let sizes: Vec<String> = (0..).map_while(size).map(|size| size.trim().to_owned()).collect();
+    if sizes.is_empty() { "unknown".to_owned() } else { sizes.join(" ") }
 }
 
 /// The machine's load over the last 1, 5 and 15 minutes.

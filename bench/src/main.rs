@@ -70,6 +70,11 @@ struct NightlyArgs {
     #[arg(long)]
     cold: bool,
 
+    /// On a busy machine: before each command, wait for so long at most until nobody else computes, and repeat rounds in
+    /// which somebody did.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    patience: u64,
+
     /// Keep the cluster, the last repository and the last copies.
     #[arg(long)]
     keep: bool,

@@ -2,7 +2,8 @@
 //!
 //! Time is wall time; processor time and peak memory are what the kernel accounts to the process and to the children it
 //! waited for. What the server does for a command is accounted to the server: the difference of its own times, in which
-//! a session is counted once it has ended. The peak memory of a process includes the moment between fork and exec, so a
+//! a session is counted once it has ended. What everybody else on the machine did in the meantime is measured too: it is
+//! the difference between all processor time and these. The peak memory of a process includes the moment between fork and exec, so a
 //! value at or below that of this program (a few MB) means "no more than that".
 
 use std::fs::{self, File};
@@ -31,6 +32,8 @@ pub struct Usage {
     pub sys: Duration,
     /// Of the server, user and kernel, on its behalf.
     pub server: Duration,
+    /// Of everybody else on the machine, as a part of all processors' time from 0 to 1.
+    pub others: f64,
     /// Resident at once, in bytes, at most.
     pub peak_rss: u64,
     /// What it printed on standard output.
@@ -46,10 +49,12 @@ pub fn run(command: &mut Command, scratch: &Path, server_pid: Option<u32>) -> Re
     let create = |path| File::create(path).map_err(|e| cannot("write", path, e));
     command.stdin(Stdio::null()).stdout(create(&out)?).stderr(create(&err)?);
     let server_before = server_pid.map(server_time).transpose()?;
+    let machine_before = machine_time()?;
     let begun = Instant::now();
     let mut child = command.spawn().map_err(|e| Error::new(format!("cannot run {}: {e}", name(command))))?;
     let ended = child.wait4().map_err(|e| Error::new(format!("cannot wait for {}: {e}", name(command))))?;
     let wall = begun.elapsed();
+    let machine = machine_time()?.saturating_sub(machine_before);
     if !ended.status.success() {
         let complaint = read(&err)?;
         let from = (complaint.len().saturating_sub(COMPLAINT_LEN)..).find(|at| complaint.is_char_boundary(*at));
@@ -60,7 +65,9 @@ pub fn run(command: &mut Command, scratch: &Path, server_pid: Option<u32>) -> Re
     let server_after = server_pid.map(server_time).transpose()?;
     let server = server_after.unwrap_or_default().saturating_sub(server_before.unwrap_or_default());
     let (user, sys, peak_rss) = (ended.rusage.utime, ended.rusage.stime, ended.rusage.maxrss);
-    Ok(Usage { wall, user, sys, server, peak_rss, output: read(&out)? })
+    let processors = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+    let others = machine.saturating_sub(user + sys + server).as_secs_f64() / (wall.as_secs_f64() * processors);
+    Ok(Usage { wall, user, sys, server, others, peak_rss, output: read(&out)? })
 }
 
 fn name(command: &Command) -> String {
@@ -73,12 +80,43 @@ fn read(path: &Path) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
+/// The part of all processors' time that is used now, from 0 to 1, looked at for `period`.
+///
+/// # Errors
+/// When the kernel does not tell.
+pub fn busy(period: Duration) -> Result<f64> {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+    let (begun, before) = (Instant::now(), machine_time()?);
+    std::thread::sleep(period);
+    let used = machine_time()?.saturating_sub(before);
+    Ok(used.as_secs_f64() / (begun.elapsed().as_secs_f64() * processors))
+}
+
+/// The processor time that the whole machine has used.
+fn machine_time() -> Result<Duration> {
+    let stat = read("/proc/stat".as_ref())?;
+    let ticks = busy_ticks(&stat).ok_or_else(|| Error::new("/proc/stat cannot be read"))?;
+    Ok(duration(ticks))
+}
+
+/// What the first line of /proc/stat says, but for the times of doing nothing.
+fn busy_ticks(stat: &str) -> Option<u64> {
+    let fields = stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace();
+    // user nice system idle iowait irq softirq steal; guests are in user.
+    let fields: Vec<u64> = fields.take(8).map(|field| field.parse().ok()).collect::<Option<_>>()?;
+    Some(fields.iter().enumerate().filter(|(at, _)| ![3, 4].contains(at)).map(|(_, ticks)| ticks).sum())
+}
+
+fn duration(ticks: u64) -> Duration {
+    Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+}
+
 /// The processor time of a server and of its sessions that have ended.
 fn server_time(pid: u32) -> Result<Duration> {
     let path = format!("/proc/{pid}/stat");
     let stat = read(path.as_ref())?;
     let ticks = ticks(&stat).ok_or_else(|| Error::new(format!("{path} reads {stat:?}")))?;
-    Ok(Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64))
+    Ok(duration(ticks))
 }
 
 /// `utime`, `stime`, `cutime` and `cstime` of a line as in proc(5), summed.
@@ -98,6 +136,13 @@ mod tests {
         assert_eq!(ticks(stat), Some(4321));
         assert_eq!(ticks("42 no name"), None);
         server_time(std::process::id()).unwrap();
+    }
+
+    #[test]
+    fn doing_nothing_is_not_busy() {
+        assert_eq!(busy_ticks("cpu  1 20 300 9 9 4000 50000 600000 7 7\ncpu0 1 1\n"), Some(654_321));
+        assert_eq!(busy_ticks("intr 1 2"), None);
+        assert!((0.0..=1.5).contains(&busy(Duration::from_millis(30)).unwrap()));
     }
 
     #[test]

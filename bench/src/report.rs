@@ -15,6 +15,8 @@ use crate::{NightlyArgs, cannot, machine, nightly};
 const GB: f64 = 1e9;
 const MB: f64 = 1e6;
 const BLOCK_LEN: f64 = 8192.0;
+/// Of all processors' time: what others may use while a command runs.
+const DISTURBED: f64 = 0.15;
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,6 +108,13 @@ pub struct Sample {
     pub load: String,
 }
 
+impl Sample {
+    /// Whether others used so much of the machine that the sample says little.
+    pub fn is_disturbed(&self) -> bool {
+        self.usage.others > DISTURBED
+    }
+}
+
 /// What else a run found out.
 #[derive(Debug, Default)]
 pub struct Notes {
@@ -162,12 +171,13 @@ fn make_directory(args: &NightlyArgs) -> Result<PathBuf> {
 }
 
 fn command(args: &NightlyArgs, notes: &Notes) -> String {
-    let NightlyArgs { scale, runs, major, jobs, compress, cold, .. } = args;
+    let NightlyArgs { scale, runs, major, jobs, compress, cold, patience, .. } = args;
     let cold = if *cold { " --cold" } else { "" };
+    let patience = if *patience > 0 { format!(" --patience {patience}") } else { String::new() };
     let mut text = format!(
         "cargo run --release -p bench -- nightly --scale {scale} --runs {runs} --major {major} --jobs {jobs} \
-         --compress {compress}{cold}\n\nThe server's settings: {}\n\nThe commands of the first round; WORK is the \
-         scratch directory. Before each: CHECKPOINT, syncfs.\n",
+         --compress {compress}{cold}{patience}\n\nThe server's settings: {}\n\nThe commands of the first round; WORK is the \
+         scratch directory. Before each: CHECKPOINT, syncfs, all files read once.\n",
         nightly::settings()
     );
     notes.commands.iter().for_each(|command| {
@@ -177,7 +187,7 @@ fn command(args: &NightlyArgs, notes: &Notes) -> String {
 }
 
 fn csv(samples: &[Sample]) -> String {
-    let mut text = "step,round,wall_s,user_s,sys_s,server_cpu_s,peak_rss_bytes,cluster_bytes,bytes_written,\
+    let mut text = "step,round,wall_s,user_s,sys_s,server_cpu_s,others,peak_rss_bytes,cluster_bytes,bytes_written,\
                     blocks_changed,load_1min\n"
         .to_owned();
     for Sample { step, round, usage, cluster_bytes, bytes_written, blocks_changed, load } in samples {
@@ -186,8 +196,9 @@ fn csv(samples: &[Sample]) -> String {
         let changed = blocks_changed.map_or_else(String::new, |count| count.to_string());
         let _ = writeln!(
             text,
-            "\"{}\",{round},{wall:.6},{user:.6},{sys:.6},{server:.2},{},{cluster_bytes},{bytes_written},{changed},{load}",
+            "\"{}\",{round},{wall:.6},{user:.6},{sys:.6},{server:.2},{:.3},{},{cluster_bytes},{bytes_written},{changed},{load}",
             step.name(),
+            usage.others,
             usage.peak_rss
         );
     }
@@ -198,17 +209,17 @@ fn summary(args: &NightlyArgs, samples: &[Sample], notes: &Notes) -> String {
     let cluster_bytes = samples.first().map_or(0, |sample| sample.cluster_bytes) as f64;
     let cache = if args.cold { "caches dropped before each command" } else { "caches warm" };
     let mut text = format!(
-        "pgbench at scale {}: {:.0} MB without the WAL; PostgreSQL {}; {} runs, --jobs {}, --compress {}; {cache}\n\n",
+        "pgbench at scale {}: {:.0} MB without the WAL; PostgreSQL {}; --jobs {}, --compress {}; {cache}\n\n",
         args.scale,
         cluster_bytes / MB,
         args.major,
-        args.runs,
         args.jobs,
         args.compress
     );
     text += &table(samples);
     text += "\nMedians; rates are over the cluster's bytes. CPU: user and system of the process and its children; server: of\n\
              PostgreSQL on its behalf. Peak: resident memory of the largest process. Written: what it left on disk.\n";
+    text += &disturbances(samples);
     if let Some(why) = &notes.tar_skipped {
         let _ = writeln!(text, "{} was left out: {why}", Step::BasebackupTar.name());
     }
@@ -218,18 +229,38 @@ fn summary(args: &NightlyArgs, samples: &[Sample], notes: &Notes) -> String {
     text + "\n" + &notes.kernels
 }
 
+/// Which samples do not count, and which should not.
+fn disturbances(samples: &[Sample]) -> String {
+    let disturbed = samples.iter().filter(|sample| sample.is_disturbed()).count();
+    let mut text = String::new();
+    if disturbed > 0 {
+        let (all, percent) = (samples.len(), DISTURBED * 100.0);
+        let _ = writeln!(
+            text,
+            "{disturbed} of {all} samples are left out: others used more than {percent} % of the machine."
+        );
+    }
+    for step in Step::ALL {
+        let mut own = samples.iter().filter(|sample| sample.step == step).peekable();
+        if own.peek().is_some() && own.all(Sample::is_disturbed) {
+            let _ = writeln!(text, "All samples of {:?} are disturbed: its numbers are worth little.", step.name());
+        }
+    }
+    text
+}
+
 fn table(samples: &[Sample]) -> String {
     let mut text = format!(
-        "{:<34} {:>8}  {:>17} {:>6} {:>7} {:>7} {:>8} {:>10}\n",
-        "", "wall s", "min .. max", "GB/s", "CPU s", "server", "peak MB", "written MB"
+        "{:<34} {:>5} {:>8}  {:>17} {:>6} {:>7} {:>7} {:>8} {:>10}\n",
+        "", "runs", "wall s", "min .. max", "GB/s", "CPU s", "server", "peak MB", "written MB"
     );
     for step in Step::ALL {
         let of = |value: fn(&Sample) -> f64| spread(samples, step, value);
-        let Some(Spread { min, median, max }) = of(|s| s.usage.wall.as_secs_f64()) else { continue };
+        let Some(Spread { count, min, median, max }) = of(|s| s.usage.wall.as_secs_f64()) else { continue };
         let middle = |value| of(value).map_or(0.0, |spread| spread.median);
         let _ = writeln!(
             text,
-            "{:<34} {median:>8.3}  {:>17} {:>6.2} {:>7.2} {:>7.2} {:>8.0} {:>10.1}",
+            "{:<34} {count:>5} {median:>8.3}  {:>17} {:>6.2} {:>7.2} {:>7.2} {:>8.0} {:>10.1}",
             step.name(),
             format!("{min:.3} .. {max:.3}"),
             middle(|s| s.cluster_bytes as f64) / median / GB,
@@ -272,19 +303,24 @@ fn ratios(samples: &[Sample]) -> String {
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Spread {
+    count: usize,
     min: f64,
     median: f64,
     max: f64,
 }
 
-/// The spread of a value over the samples of a step; `None` if there are none.
+/// The spread of a value over the undisturbed samples of a step, over all if there are none of these; `None` without any.
 fn spread(samples: &[Sample], step: Step, value: fn(&Sample) -> f64) -> Option<Spread> {
-    let mut values: Vec<f64> = samples.iter().filter(|sample| sample.step == step).map(value).collect();
+    let samples = || samples.iter().filter(|sample| sample.step == step);
+    let mut values: Vec<f64> = samples().filter(|sample| !sample.is_disturbed()).map(value).collect();
+    if values.is_empty() {
+        values = samples().map(value).collect();
+    }
     values.sort_by(f64::total_cmp);
     let (min, max) = (*values.first()?, *values.last()?);
     let middle = values.len() / 2;
     let median = if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 };
-    Some(Spread { min, median, max })
+    Some(Spread { count: values.len(), min, median, max })
 }
 
 #[cfg(test)]
@@ -303,7 +339,19 @@ mod tests {
     fn the_median_of_an_even_number_lies_between() {
         let samples = [4, 1, 2, 9].map(|seconds| sample(Step::Cat, 1, seconds));
         let spread = spread(&samples, Step::Cat, |s| s.usage.wall.as_secs_f64());
-        assert_eq!(spread, Some(Spread { min: 1.0, median: 3.0, max: 9.0 }));
+        assert_eq!(spread, Some(Spread { count: 4, min: 1.0, median: 3.0, max: 9.0 }));
+    }
+
+    #[test]
+    fn disturbed_samples_count_only_where_there_are_no_others() {
+        let mut samples = [4, 1, 2].map(|seconds| sample(Step::Cat, 1, seconds));
+        samples[0].usage.others = 0.5;
+        let median = |samples: &[Sample]| spread(samples, Step::Cat, |s| s.usage.wall.as_secs_f64()).unwrap().median;
+        assert_eq!(median(&samples), 1.5);
+        assert!(!disturbances(&samples).contains("little"));
+        samples.iter_mut().for_each(|sample| sample.usage.others = 0.5);
+        assert_eq!(median(&samples), 2.0);
+        assert!(disturbances(&samples).contains("little"));
     }
 
     #[test]
@@ -317,8 +365,8 @@ mod tests {
     #[test]
     fn every_sample_is_a_line() {
         let text = csv(&[sample(Step::Changed, 3, 4)]);
-        let line = "\"pgstrata incremental, 1 % changed\",3,4.000000,0.000000,0.000000,0.00,0,8192000,5,10,0.1";
+        let line = "\"pgstrata incremental, 1 % changed\",3,4.000000,0.000000,0.000000,0.00,0.000,0,8192000,5,10,0.1";
         assert_eq!(text.lines().nth(1), Some(line));
-        assert_eq!(text.lines().next().unwrap().split(',').count(), 11);
+        assert_eq!(text.lines().next().unwrap().split(',').count(), 12);
     }
 }

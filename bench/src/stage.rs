@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tempfile::TempDir;
@@ -31,7 +32,12 @@ pub const CONF: [&str; 6] = [
     "unix_socket_permissions = 0700",
 ];
 const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
+/// Programs that not every installation has.
+const TOOLS: [&str; 2] = ["pgbench", "pg_basebackup"];
 const MB: f64 = 1e6;
+/// Of all processors' time: less is nobody.
+const QUIET: f64 = 0.1;
+const QUIET_PERIOD: Duration = Duration::from_secs(2);
 
 /// The cluster and the scratch directory.
 pub struct Stage {
@@ -39,13 +45,14 @@ pub struct Stage {
     pgstrata: PathBuf,
     interrupted: Arc<AtomicBool>,
     cold: bool,
+    patience: Duration,
     handle: File,
     /// Dropped last.
     work: TempDir,
 }
 
 impl Stage {
-    /// Builds pgstrata, makes the cluster, and reads all of it once.
+    /// Builds pgstrata and makes the cluster.
     ///
     /// # Errors
     /// When any of that fails.
@@ -62,7 +69,8 @@ impl Stage {
         fs::copy(&built, &pgstrata).map_err(|e| cannot("copy", &built, e))?;
         let handle = File::open(work.path()).map_err(|e| cannot("open", work.path(), e))?;
         let cluster = make_cluster(args, &user, &work.path().join("data"))?;
-        let stage = Self { cluster, pgstrata, interrupted, cold: args.cold, handle, work };
+        let patience = Duration::from_secs(args.patience);
+        let stage = Self { cluster, pgstrata, interrupted, cold: args.cold, patience, handle, work };
         stage.load(args.scale)?;
         Ok(stage)
     }
@@ -75,7 +83,7 @@ impl Stage {
         let files = crate::read::files(self.data_dir())?;
         let bytes: u64 = files.iter().map(|(_, len)| len).sum();
         say(&format!("the cluster has {:.0} MB in {} files", bytes as f64 / MB, files.len()));
-        crate::read::run(self.data_dir(), 1)
+        Ok(())
     }
 
     /// The running cluster.
@@ -110,7 +118,8 @@ impl Stage {
         self.cluster.user().command(program)
     }
 
-    /// Runs one command with the same start for all: a checkpoint behind it, nothing waiting to be written, caches as asked.
+    /// Runs one command with the same start for all: a checkpoint behind it, nothing waiting to be written, caches as asked,
+    /// and nobody else at work, if there is time to wait for that.
     ///
     /// # Errors
     /// When it fails, or we were asked to end.
@@ -120,11 +129,29 @@ impl Stage {
         }
         self.cluster.sql("postgres", "CHECKPOINT")?;
         rustix::fs::syncfs(&self.handle).map_err(|e| cannot("sync", self.work(), e))?;
-        if self.cold {
-            fs::write(DROP_CACHES, "1").map_err(|e| cannot("write", DROP_CACHES.as_ref(), e))?;
+        self.wait_for_quiet()?;
+        match self.cold {
+            true => fs::write(DROP_CACHES, "1").map_err(|e| cannot("write", DROP_CACHES.as_ref(), e))?,
+            // Even a machine with enough memory may have dropped what it thought cold.
+            false => ["data", "repo", "restored"].iter().try_for_each(|name| self.warm(name))?,
         }
         let usage = measure::run(command, self.work(), self.cluster.pid());
         if self.interrupted.load(Ordering::Relaxed) { Err(Error::new("interrupted")) } else { usage }
+    }
+
+    fn warm(&self, name: &str) -> Result<()> {
+        let path = self.path(name);
+        if path.is_dir() { crate::read::run(&path, 1) } else { Ok(()) }
+    }
+
+    fn wait_for_quiet(&self) -> Result<()> {
+        let deadline = Instant::now() + self.patience;
+        while Instant::now() < deadline && !self.interrupted.load(Ordering::Relaxed) {
+            if measure::busy(QUIET_PERIOD)? < QUIET {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Removes a directory of the scratch directory, if it is there.
@@ -207,8 +234,14 @@ fn work_in(dir: &Path, user: &ServerUser) -> Result<TempDir> {
 /// A started cluster with data checksums in `data_dir`.
 fn make_cluster(args: &NightlyArgs, user: &ServerUser, data_dir: &Path) -> Result<Cluster> {
     let cache = Cache::for_tests()?;
-    let server = Arc::new(Installation::for_major(args.major, &cache)?);
-    let tools = match ["pgbench", "pg_basebackup"].iter().all(|name| server.has(name)) {
+    let complete = |found: &Installation| TOOLS.iter().all(|name| found.has(name));
+    // A directory with links to the server's programs only may hide the whole installation, whose tools are of its version.
+    let mut local = Installation::find_local().into_iter();
+    let server = match local.find(|found| found.major == args.major && complete(found)) {
+        Some(found) => Arc::new(found),
+        None => Arc::new(Installation::for_major(args.major, &cache)?),
+    };
+    let tools = match complete(&server) {
         true => Arc::clone(&server),
         false => Arc::new(Installation::fetch_wheel(&cache)?),
     };
