@@ -92,7 +92,7 @@ fn compression(sample: &[u8], level: i32) -> Result<(f64, f64, f64)> {
     for window in sample.chunks_exact(MAX_RAW_LEN) {
         let fingerprints: Vec<_> = window.chunks_exact(PAGE_LEN).map(Fingerprint::of).collect();
         let (codec, stored) = encoder.encode(window).map_err(failed)?;
-        chunks.push((codec, stored, ChunkId::of(&fingerprints)));
+        chunks.push((codec, stored.to_vec(), ChunkId::of(&fingerprints)));
     }
     let mut decoder = Decoder::new().map_err(failed)?;
     let mut fastest = Duration::MAX;

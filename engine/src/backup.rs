@@ -498,6 +498,7 @@ impl<'r, 'p> Run<'r, 'p> {
         let bounds = self.stop(start, &control)?;
         let range = self.wal_range(&bounds);
         entries.extend(self.copy_wal(range)?);
+        self.data.close()?;
         // After the copy: a segment that was recycled meanwhile is found out.
         if let Some(why) = wal::prove(self.plan.source.data_dir(), range, &self.plan.control)? {
             return Ok(Attempt::Void(why));
@@ -735,6 +736,7 @@ impl<'r, 'p> Run<'r, 'p> {
             table.push(entry)?;
         }
         let (pages, needed) = table.finish()?;
+        self.map.close()?;
         let mut own = self.data.finish()?;
         own.extend(self.map.finish()?);
         manifest.pages = pages;

@@ -20,6 +20,7 @@
 
 mod chunks;
 mod config;
+mod crc;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;

@@ -33,8 +33,8 @@ use crate::progress::Progress;
 use crate::repo::{ChunkRef, DataPack, Extent, FileEntry, PART_BLOCKS, Packer, PartMap};
 use crate::source::DataDir;
 
-/// Blocks that a worker takes at once: 32 MiB of 8 KiB blocks.
-const SLICE_BLOCKS: u32 = 4096;
+/// Blocks that a worker takes at once: 8 MiB of 8 KiB blocks. Larger ones leave workers without work at the end.
+const SLICE_BLOCKS: u32 = 1024;
 /// Bytes read at once.
 const WINDOW_LEN: usize = 256 << 10;
 

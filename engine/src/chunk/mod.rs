@@ -154,6 +154,7 @@ impl FromStr for Compression {
 /// Compresses chunks; one for each thread.
 pub struct Encoder {
     zstd: Option<zstd::bulk::Compressor<'static>>,
+    compressed: Vec<u8>,
 }
 
 impl Encoder {
@@ -166,21 +167,23 @@ impl Encoder {
             Compression::None => None,
             Compression::Zstd(level) => Some(zstd::bulk::Compressor::new(level).map_err(no_codec)?),
         };
-        Ok(Self { zstd })
+        Ok(Self { zstd, compressed: Vec::new() })
     }
 
     /// The stored form of `raw`; raw where compression gains less than a thirty-second.
     ///
     /// # Errors
     /// `Bug` if the library refuses.
-    pub fn encode(&mut self, raw: &[u8]) -> Result<(Codec, Vec<u8>)> {
+    pub fn encode<'a>(&'a mut self, raw: &'a [u8]) -> Result<(Codec, &'a [u8])> {
         if let Some(zstd) = &mut self.zstd {
-            let compressed = zstd.compress(raw).map_err(|e| Error::bug("zstd cannot compress").because(e))?;
-            if compressed.len() < raw.len() - raw.len() / 32 {
-                return Ok((Codec::Zstd, compressed));
+            self.compressed.resize(zstd::zstd_safe::compress_bound(raw.len()), 0);
+            let compressed = zstd.compress_to_buffer(raw, &mut self.compressed[..]);
+            let len = compressed.map_err(|e| Error::bug("zstd cannot compress").because(e))?;
+            if len < raw.len() - raw.len() / 32 {
+                return Ok((Codec::Zstd, &self.compressed[..len]));
             }
         }
-        Ok((Codec::Raw, raw.to_vec()))
+        Ok((Codec::Raw, raw))
     }
 }
 
@@ -267,7 +270,9 @@ mod tests {
     use super::*;
 
     fn stored(compression: Compression, raw: &[u8], block_len: usize) -> (Codec, Vec<u8>, Shape, ChunkId) {
-        let (codec, bytes) = Encoder::new(compression).unwrap().encode(raw).unwrap();
+        let mut encoder = Encoder::new(compression).unwrap();
+        let (codec, bytes) = encoder.encode(raw).unwrap();
+        let bytes = bytes.to_vec();
         let fingerprints: Vec<_> = raw.chunks_exact(block_len).map(Fingerprint::of).collect();
         let shape = Shape { block_len, block_count: fingerprints.len() };
         (codec, bytes, shape, ChunkId::of(&fingerprints))
@@ -309,7 +314,8 @@ mod tests {
     fn what_does_not_compress_is_stored_raw() {
         let mut random = vec![0; 8192];
         getrandom::fill(&mut random).unwrap();
-        assert_eq!(Encoder::new(Compression::Zstd(19)).unwrap().encode(&random).unwrap(), (Codec::Raw, random.clone()));
+        let mut encoder = Encoder::new(Compression::Zstd(19)).unwrap();
+        assert_eq!(encoder.encode(&random).unwrap(), (Codec::Raw, &random[..]));
     }
 
     #[test]

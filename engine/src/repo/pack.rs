@@ -31,8 +31,10 @@ const VERSION: u16 = 1;
 const PACK_LEN: u64 = 128 << 20;
 /// Packs that are being written or made durable at once, for each kind.
 const PACKS_IN_FLIGHT: usize = 3;
-/// Records waiting for a pack's thread.
-const RECORDS_IN_FLIGHT: usize = 16;
+/// Bytes that are handed to a pack's thread at once: small chunks are not worth a wake-up each.
+const BUFFER_LEN: usize = 1 << 20;
+/// Buffers waiting for a pack's thread.
+const BUFFERS_IN_FLIGHT: usize = 4;
 
 /// The checksum at the end of a metadata record.
 pub(crate) const RECORD_CHECK_LEN: usize = 16;
@@ -77,6 +79,7 @@ struct OpenPack {
     offset: u64,
     table: Vec<u8>,
     count: u32,
+    buffer: Vec<u8>,
     sender: Sender<Message>,
     writer: Writer,
 }
@@ -101,10 +104,12 @@ impl Packer {
     ///
     /// # Errors
     /// What the store says.
-    pub fn append(&self, record: Vec<u8>) -> Result<Place> {
+    pub fn append(&self, record: &[u8]) -> Result<Place> {
+        // Outside of the lock, which all workers want.
+        let hash = hash16(record);
         let mut state = self.lock();
         self.make_room(&mut state)?;
-        state.append(|_, _| record)
+        state.append(record, hash)
     }
 
     /// Appends metadata records, one right after the other in the same pack, and returns the place of the first; each grows by its
@@ -117,11 +122,9 @@ impl Packer {
         self.make_room(&mut state)?;
         let mut first = None;
         for mut body in bodies {
-            let place = state.append(|object, offset| {
-                let check = record_check(object, offset, &body);
-                body.extend_from_slice(&check);
-                body
-            })?;
+            let check = state.open.as_ref().map(|pack| record_check(&pack.object, pack.offset, &body));
+            body.extend_from_slice(&check.unwrap_or_default());
+            let place = state.append(&body, hash16(&body))?;
             first.get_or_insert(place);
         }
         first.ok_or_else(|| Error::bug("no records to append"))
@@ -146,17 +149,23 @@ impl Packer {
     fn open_pack(&self, seq: u32) -> Result<OpenPack> {
         let name = PackName { run: self.run, seq, kind: self.kind };
         let object = name.object(&self.cluster)?;
-        let (sender, receiver) = bounded(RECORDS_IN_FLIGHT);
+        let (sender, receiver) = bounded(BUFFERS_IN_FLIGHT);
         let (store, target) = (Arc::clone(&self.store), object.clone());
         let thread = std::thread::Builder::new()
             .name(format!("pack {seq}"))
             .spawn(move || store.put_new(&target, &mut Incoming { receiver, bytes: Vec::new(), read: 0, ended: false }))
             .map_err(|e| Error::new(ErrorKind::Unavailable, "cannot start a thread").because(e))?;
-        let header = Message::Bytes(header(self.kind).to_vec());
-        // A writer that stopped already is found out by the next send.
-        let _ = sender.send(header);
         let writer = Writer { name, thread };
-        Ok(OpenPack { object, offset: HEADER_LEN, table: Vec::new(), count: 0, sender, writer })
+        let buffer = header(self.kind).to_vec();
+        Ok(OpenPack { object, offset: HEADER_LEN, table: Vec::new(), count: 0, buffer, sender, writer })
+    }
+
+    /// Closes the open pack: what is appended from now on goes to a new one, and this one is made durable meanwhile.
+    ///
+    /// # Errors
+    /// What the store said about an earlier one.
+    pub fn close(&self) -> Result<()> {
+        self.lock().close_pack()
     }
 
     /// Closes the last pack and waits until all are durable.
@@ -190,17 +199,20 @@ impl Drop for Packer {
 }
 
 impl State {
-    fn append(&mut self, record: impl FnOnce(&ObjectName, u64) -> Vec<u8>) -> Result<Place> {
+    fn append(&mut self, record: &[u8], hash: [u8; 16]) -> Result<Place> {
         let Some(pack) = &mut self.open else { return Err(Error::bug("no open pack")) };
         let place = Place { pack: pack.writer.name, offset: pack.offset };
-        let record = record(&pack.object, pack.offset);
         let len = u32::try_from(record.len()).map_err(|_| Error::bug("a record of 4 GiB or more"))?;
         pack.table.extend_from_slice(&len.to_le_bytes());
-        pack.table.extend_from_slice(&hash16(&record));
+        pack.table.extend_from_slice(&hash);
         pack.count += 1;
         pack.offset += u64::from(len);
-        if pack.sender.send(Message::Bytes(record)).is_err() {
-            return Err(self.why_the_writer_stopped());
+        pack.buffer.extend_from_slice(record);
+        if pack.buffer.len() >= BUFFER_LEN {
+            let full = std::mem::replace(&mut pack.buffer, Vec::with_capacity(BUFFER_LEN + BUFFER_LEN / 4));
+            if pack.sender.send(Message::Bytes(full)).is_err() {
+                return Err(self.why_the_writer_stopped());
+            }
         }
         Ok(place)
     }
@@ -209,7 +221,8 @@ impl State {
         let Some(pack) = self.open.take() else { return Ok(()) };
         let kind = pack.writer.name.kind;
         let end = trailer(&pack.object, kind, &pack.table, pack.offset, pack.count);
-        let told = pack.sender.send(Message::Bytes(end)).and_then(|()| pack.sender.send(Message::End));
+        let rest = [pack.buffer, end].concat();
+        let told = pack.sender.send(Message::Bytes(rest)).and_then(|()| pack.sender.send(Message::End));
         self.closing.push_back(pack.writer);
         if told.is_err() {
             return Err(self.why_the_writer_stopped());
@@ -460,7 +473,7 @@ mod tests {
     fn a_run_that_is_given_up_leaves_no_pack() {
         let store = MemoryStore::new();
         let packer = Packer::new(Arc::new(store.clone()), ClusterName::default(), id(), PackKind::Data);
-        packer.append(vec![1; 1000]).unwrap();
+        packer.append(&[1; 1000]).unwrap();
         drop(packer);
         assert_eq!(store.list("").unwrap(), []);
     }
@@ -471,7 +484,7 @@ mod tests {
         let name = PackName { run: id(), seq: 0, kind: PackKind::Data };
         store.put_new(&name.object(&ClusterName::default()).unwrap(), &mut &b"taken"[..]).unwrap();
         let packer = Packer::new(Arc::new(store), ClusterName::default(), id(), PackKind::Data);
-        let error = std::iter::repeat_with(|| packer.append(vec![0; 10])).find_map(Result::err).unwrap();
+        let error = std::iter::repeat_with(|| packer.append(&[0; 1 << 16])).find_map(Result::err).unwrap();
         assert_eq!(error.kind(), ErrorKind::Conflict);
     }
 }

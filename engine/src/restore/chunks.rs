@@ -18,10 +18,12 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crossbeam_channel::{Receiver, Sender, bounded};
 use rayon::prelude::*;
 
+use super::crc::shift;
 use crate::chunk::{Decoder, Shape};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::progress::Progress;
 use crate::repo::{
     ChunkRef, DataPack, Depth, FileEntry, FileKind, Layer, Manifest, PART_BLOCKS, PackKind, PackName, PartMap,
@@ -35,6 +37,8 @@ const MAX_PIECES: usize = 1 << 20;
 const READ_LEN: u64 = 1 << 20;
 /// Bytes between two chunks that are read rather than skipped.
 const GAP_LEN: u64 = 64 << 10;
+/// Bytes after which a worker has the file at hand brought to the disk.
+const FLUSH_LEN: usize = 32 << 20;
 /// Files open for writing.
 const OPEN_FILES: usize = 128;
 
@@ -66,11 +70,6 @@ impl TargetFile {
         let moved = shift(own, self.entry.len - offset - bytes.len() as u64);
         self.crc.fetch_xor(moved, Ordering::Relaxed);
     }
-}
-
-/// The state of a CRC-32C after `len` more zero bytes.
-fn shift(crc: u32, len: u64) -> u32 {
-    crc32c::crc32c_combine(crc, 0, usize::try_from(len).unwrap_or(usize::MAX))
 }
 
 /// Blocks of a chunk that go to a file.
@@ -219,27 +218,75 @@ impl Writer<'_> {
         Ok(windows)
     }
 
+    /// Writes the pieces of `jobs`. Each worker begins with a share of its own, so that two seldom write to one file at once, and then helps
+    /// the others.
     fn write(&self, jobs: &[Job]) -> Result<()> {
         let batches = batches(jobs);
-        let next = AtomicUsize::new(0);
+        let workers = self.jobs.min(batches.len()).max(1);
+        let shares: Vec<Share> = (0..workers).map(|worker| Share::of(worker, workers, batches.len())).collect();
         let failed = AtomicBool::new(false);
         let open = OpenFiles::default();
-        let work = || {
-            let mut worker = Worker { writer: self, open: &open, decoder: Decoder::new()?, stored: Vec::new() };
-            while !failed.load(Ordering::Relaxed)
-                && let Some(batch) = batches.get(next.fetch_add(1, Ordering::Relaxed))
-            {
-                worker.write(&jobs[batch.clone()]).inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
+        let (flusher, to_flush) = bounded::<Arc<File>>(1);
+        let work = |own: usize, flusher: Sender<Arc<File>>| {
+            let mut worker = Worker {
+                writer: self,
+                open: &open,
+                flusher,
+                decoder: Decoder::new()?,
+                stored: Vec::new(),
+                unflushed: 0,
+            };
+            for share in shares.iter().cycle().skip(own).take(workers) {
+                while !failed.load(Ordering::Relaxed)
+                    && let Some(batch) = share.next()
+                {
+                    let batch = &jobs[batches[batch].clone()];
+                    worker.write(batch).inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
+                }
             }
             Ok(())
         };
-        let outcomes: Vec<Result<()>> = std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..self.jobs.min(batches.len())).map(|_| scope.spawn(work)).collect();
+        std::thread::scope(|scope| {
+            let flushing = scope.spawn(|| flush(&to_flush));
+            let work = &work;
+            let start = |own| {
+                let flusher = flusher.clone();
+                scope.spawn(move || work(own, flusher))
+            };
+            let workers: Vec<_> = (0..workers).map(start).collect();
             let panicked = |_| Err(Error::bug("a worker panicked"));
-            workers.into_iter().map(|worker| worker.join().unwrap_or_else(panicked)).collect()
-        });
-        outcomes.into_iter().collect()
+            let outcomes: Vec<Result<()>> =
+                workers.into_iter().map(|worker| worker.join().unwrap_or_else(panicked)).collect();
+            drop(flusher);
+            outcomes.into_iter().chain([flushing.join().unwrap_or_else(panicked)]).collect()
+        })
     }
+}
+
+/// A worker's share of the batches.
+struct Share {
+    next: AtomicUsize,
+    end: usize,
+}
+
+impl Share {
+    fn of(worker: usize, workers: usize, count: usize) -> Self {
+        let at = |worker: usize| worker * count / workers;
+        Self { next: AtomicUsize::new(at(worker)), end: at(worker + 1) }
+    }
+
+    fn next(&self) -> Option<usize> {
+        let batch = self.next.fetch_add(1, Ordering::Relaxed);
+        (batch < self.end).then_some(batch)
+    }
+}
+
+/// Brings files to the disk while others are written, so that the sync at the end finds little left to do.
+fn flush(files: &Receiver<Arc<File>>) -> Result<()> {
+    files.iter().try_for_each(|file| {
+        let synced = file.sync_data();
+        synced.map_err(|e| Error::new(ErrorKind::Unavailable, "restored bytes did not reach the disk").because(e))
+    })
 }
 
 fn data_pack(name: &PackName) -> DataPack {
@@ -317,8 +364,10 @@ impl OpenFiles {
 struct Worker<'w, 'a> {
     writer: &'w Writer<'a>,
     open: &'w OpenFiles,
+    flusher: Sender<Arc<File>>,
     decoder: Decoder,
     stored: Vec<u8>,
+    unflushed: usize,
 }
 
 impl Worker<'_, '_> {
@@ -356,8 +405,15 @@ impl Worker<'_, '_> {
             let offset = piece.block * block_len as u64;
             let len = usize::try_from(file.entry.len.saturating_sub(offset)).unwrap_or(usize::MAX).min(blocks.len());
             let bytes = &blocks[..len];
-            let written = self.open.get(self.writer, piece.file)?.write_all_at(bytes, offset);
+            let open = self.open.get(self.writer, piece.file)?;
+            let written = open.write_all_at(bytes, offset);
             written.map_err(|e| Error::io("write", file.entry.display_path().as_ref(), e))?;
+            self.unflushed += len;
+            if self.unflushed >= FLUSH_LEN {
+                // Who is busy flushing comes to this file later, or the sync at the end does.
+                let _ = self.flusher.try_send(open);
+                self.unflushed = 0;
+            }
             file.add_to_crc(offset, bytes);
             self.writer.progress.advance(len as u64);
         }
