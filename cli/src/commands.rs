@@ -1,8 +1,10 @@
 //! Each command: one call of the engine, and what it says about it.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use clap::CommandFactory;
+use engine::progress::Phase;
 use engine::repo::{BackupSummary, Catalog, ClusterName, Repository};
 use engine::{ErrorKind, backup, restore, verify};
 
@@ -10,6 +12,7 @@ use crate::args::Cli;
 use crate::config::{Request, Sources};
 use crate::demo;
 use crate::exit_codes::Exit;
+use crate::interrupt;
 use crate::progress::Bars;
 use crate::report::{self, Failure, Printer};
 use crate::units::count;
@@ -82,10 +85,9 @@ fn plan_backup(repo: &Path, init: bool, options: &backup::Options, out: Printer)
 
 fn back_up(repo: &Path, init: bool, options: &backup::Options, out: Printer) -> Result<Exit, Failure> {
     let repository = if init { open_or_create(repo)? } else { open(repo)? };
-    let bars = Bars::new();
-    let done = backup::run(&repository, options, &bars);
-    bars.finish();
-    let done = done?;
+    let bars = Arc::new(Bars::new());
+    let meaning = |_| "no backup was made".to_owned();
+    let done = interrupt::explained(&bars, meaning, || backup::run(&repository, options, &*bars))??;
     out.document(&done, || report::backup(&done, repo))?;
     say_what_damage_came_to_light(&done.repository_damage, repo);
     let corrupt = say_what_is_corrupt(&done.backup, "the cluster", repo);
@@ -161,10 +163,15 @@ fn bring_back(
     out: Printer,
 ) -> Result<Exit, Failure> {
     let repository = open(repo)?;
-    let bars = Bars::new();
-    let done = restore::run(&repository, cluster, backup, options, &bars);
-    bars.finish();
-    let done = done?;
+    let bars = Arc::new(Bars::new());
+    let target = report::shell_word(&options.target.display().to_string());
+    let meaning = move |phase: Option<Phase>| match phase {
+        // The target may be somebody's data that would have been refused.
+        None => "no file was restored".to_owned(),
+        Some(_) => format!("{target} is incomplete; delete it before restoring again"),
+    };
+    let run = || restore::run(&repository, cluster, backup, options, &*bars);
+    let done = interrupt::explained(&bars, meaning, run)??;
     out.document(&done, || report::restore(&done))?;
     Ok(say_what_is_corrupt(&done.backup, "the restored cluster", repo))
 }

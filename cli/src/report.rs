@@ -101,7 +101,12 @@ pub fn print_error(text: &str, hint: Option<&str>) {
 
 /// Something to read that is no error, on standard error.
 pub fn print_notice(text: &str) {
-    let _ = writeln!(std::io::stderr(), "note: {}", redact(text));
+    print_line(&format!("note: {}", redact(text)));
+}
+
+/// A line of its own on standard error.
+pub fn print_line(text: &str) {
+    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
 }
 
 #[derive(Serialize)]
