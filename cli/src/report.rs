@@ -528,6 +528,8 @@ mod tests {
             timeline: TimelineId::new(1),
             start_time: "2026-11-21T01:05:02Z".parse().unwrap(),
             stop_time: "2026-11-21T01:09:09Z".parse().unwrap(),
+            duration_ms: 72_000,
+            tablespaces: Vec::new(),
             cluster_bytes: 123 << 30,
             stored_bytes: 31 << 30,
             blocks_changed: 16_121_856,

@@ -7,7 +7,7 @@
 //! copy      every file but pg_control, compared with the parent (backup/copy.rs)
 //! control   pg_control, last
 //! stop      pg_backup_stop; its backup_label and tablespace_map are part of the backup
-//! WAL       from start to stop, out of pg_wal (backup/wal.rs), proved record by record
+//! WAL       from start to stop, out of pg_wal (backup/wal.rs), proved record by record; void if replay could not repeat it
 //! commit    the file table, then the manifest: now it is a backup
 //! ```
 //!
@@ -53,6 +53,8 @@ use crate::repo::{
 };
 use crate::source::{DataDir, Entry, EntryKind, Environment, FileSetting, Listing, Session, Tablespace};
 
+/// How often a backup is tried that something in the meantime made void.
+const ATTEMPTS: u32 = 3;
 /// How long the server may take to write the WAL of the backup's end to disk.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(60);
 /// Damaged pages that are listed at most; the first ones tell which disk it is.
@@ -120,6 +122,7 @@ pub struct Plan<'r> {
     repo: &'r Repository,
     source: Source,
     control: ControlFile,
+    control_bytes: Vec<u8>,
     parent: Option<Manifest>,
     backup_type: BackupType,
     detection: Detection,
@@ -171,11 +174,8 @@ pub fn plan<'r>(repo: &'r Repository, options: &Options) -> Result<Plan<'r>> {
     let detection = detect::choose(options.detector, options.audit)?;
     let source = open_source(options)?;
     let data_dir = source.data_dir();
-    if data_dir.contains(Path::new(repo.place()))? {
-        let what = format!("the repository {} lies in the data directory that it would back up", repo.place());
-        return Err(Error::invalid(what).hint("put the repository on another disk"));
-    }
-    let (_, control) = data_dir.read_control()?;
+    must_lie_elsewhere(data_dir, Path::new(repo.place()))?;
+    let (control_bytes, control) = data_dir.read_control()?;
     if let Source::Offline { .. } = source {
         must_be_stopped(data_dir, &control)?;
     }
@@ -187,6 +187,7 @@ pub fn plan<'r>(repo: &'r Repository, options: &Options) -> Result<Plan<'r>> {
         repo,
         source,
         control,
+        control_bytes,
         parent: None,
         backup_type: BackupType::Full,
         detection,
@@ -204,16 +205,72 @@ pub fn plan<'r>(repo: &'r Repository, options: &Options) -> Result<Plan<'r>> {
 /// Whatever made it fail; then there is no new backup, and the old ones are untouched.
 pub fn run(repo: &Repository, options: &Options, progress: &dyn Progress) -> Result<Report> {
     let begun = Instant::now();
-    let mut plan = plan(repo, options)?;
-    for notice in plan.notices.drain(..) {
-        progress.notice(&notice);
+    let mut options = options.clone();
+    let mut repository_damage = Vec::new();
+    for attempts_left in (0..ATTEMPTS).rev() {
+        let plan = plan(repo, &options)?;
+        for notice in &plan.notices {
+            progress.notice(notice);
+        }
+        let compared = plan.parent.is_some();
+        let run = Run::new(plan, progress)?;
+        let id = run.id;
+        let attempt = run.execute(begun).inspect_err(|_| {
+            // A full disk must not stay full of a backup that there is not; what cannot be removed is litter.
+            let _ = repo.discard(&options.cluster, id);
+        });
+        match attempt {
+            Ok(Attempt::Done(mut report)) => {
+                report.repository_damage.append(&mut repository_damage);
+                return Ok(*report);
+            }
+            Ok(Attempt::Void(why)) if attempts_left > 0 => {
+                repo.discard(&options.cluster, id)?;
+                progress.notice(&format!("{why}, which a restore could not repeat; taking the backup again"));
+            }
+            Ok(Attempt::Void(why)) => {
+                repo.discard(&options.cluster, id)?;
+                let error = Error::new(ErrorKind::Postgres, format!("{why}; the backup is void"));
+                return Err(error.hint("run it when no databases are copied or moved and no tablespaces created"));
+            }
+            Err(error) if compared && attempts_left > 0 && is_damaged_parent(&options, &error) => {
+                progress.notice(&format!("taking a full backup: the parent cannot be read: {error}"));
+                repository_damage.push(error.to_string());
+                options.parent = ParentChoice::Full;
+            }
+            Err(error) => return Err(error),
+        }
     }
-    let run = Run::new(plan, progress)?;
-    let (cluster, id) = (options.cluster.clone(), run.id);
-    run.execute(begun).inspect_err(|_| {
-        // A full disk must not stay full of a backup that there is not; what cannot be removed is litter.
-        let _ = repo.discard(&cluster, id);
-    })
+    Err(Error::bug("a backup was tried no times"))
+}
+
+/// Whether an automatic backup failed because what it inherits from is damaged.
+fn is_damaged_parent(options: &Options, error: &Error) -> bool {
+    let in_repository = error.place().is_some_and(|place| place.starts_with("clusters/"));
+    options.parent == ParentChoice::Automatic && error.kind() == ErrorKind::Corrupt && in_repository
+}
+
+/// Checks that a backup into the repository at `repo` is possible, which need not be there yet; changes nothing.
+///
+/// # Errors
+/// What makes it impossible.
+pub fn check(options: &Options, repo: &Path) -> Result<()> {
+    detect::choose(options.detector, options.audit)?;
+    let source = open_source(options)?;
+    must_lie_elsewhere(source.data_dir(), repo)?;
+    let (_, control) = source.data_dir().read_control()?;
+    match source {
+        Source::Live { .. } => Ok(()),
+        Source::Offline { data_dir } => must_be_stopped(&data_dir, &control),
+    }
+}
+
+fn must_lie_elsewhere(data_dir: &DataDir, repo: &Path) -> Result<()> {
+    if data_dir.contains(repo)? {
+        let what = format!("the repository {} lies in the data directory that it would back up", repo.display());
+        return Err(Error::invalid(what).hint("put the repository on another disk"));
+    }
+    Ok(())
 }
 
 fn open_source(options: &Options) -> Result<Source> {
@@ -225,7 +282,14 @@ fn open_source(options: &Options) -> Result<Source> {
     }
     let given = options.data_dir.as_deref().map(DataDir::open).transpose()?;
     let path = given.as_ref().map(DataDir::path);
-    let session = Session::connect(options.conninfo.as_deref(), path, &Environment::from_process())?;
+    let session = Session::connect(options.conninfo.as_deref(), path, &Environment::from_process());
+    let session = session.map_err(|error| match &given {
+        Some(data_dir) if !has_a_server(data_dir) => error.hint(format!(
+            "no server runs on {}: start it, or back it up as it is with --offline",
+            data_dir.path().display(),
+        )),
+        _ => error,
+    })?;
     let data_dir = match given {
         Some(data_dir) => data_dir,
         None => DataDir::open(&session.server().data_directory)?,
@@ -262,6 +326,10 @@ fn must_belong_together(session: &Session, data_dir: &DataDir) -> Result<()> {
     Err(Error::invalid(what).hint(hint))
 }
 
+fn has_a_server(data_dir: &DataDir) -> bool {
+    data_dir.postmaster_pid().is_ok_and(|pid| pid.is_some_and(|pid| pid.is_alive()))
+}
+
 fn must_be_stopped(data_dir: &DataDir, control: &ControlFile) -> Result<()> {
     let here = data_dir.path().display();
     if data_dir.postmaster_pid()?.is_some_and(|pid| pid.is_alive()) {
@@ -275,6 +343,17 @@ fn must_be_stopped(data_dir: &DataDir, control: &ControlFile) -> Result<()> {
             Err(Error::invalid(what).hint("start it and stop it again, then back it up"))
         }
     }
+}
+
+/// A cluster that was started and stopped while it was read is half old, half new, and no WAL repairs it.
+fn must_be_as_it_was(data_dir: &DataDir, control_bytes: &[u8]) -> Result<()> {
+    let (bytes, control) = data_dir.read_control()?;
+    must_be_stopped(data_dir, &control)?;
+    if bytes != control_bytes {
+        let what = format!("the cluster in {} was changed while it was backed up", data_dir.path().display());
+        return Err(Error::invalid(what).hint("keep it stopped, or back it up while it runs: without --offline"));
+    }
+    Ok(())
 }
 
 fn must_be_the_same_cluster(catalog: &Catalog, control: &ControlFile) -> Result<()> {
@@ -353,6 +432,14 @@ struct Bounds {
     from_standby: bool,
 }
 
+/// What became of an attempt.
+enum Attempt {
+    /// There is a new backup.
+    Done(Box<Report>),
+    /// Something happened on the server that a restore could not repeat.
+    Void(String),
+}
+
 /// Everything that a backup found, before it is committed.
 struct Found {
     entries: Vec<FileEntry>,
@@ -361,7 +448,7 @@ struct Found {
     wal: Vec<WalSpan>,
     control: ControlFile,
     corrupt_pages: Vec<CorruptPage>,
-    settings: Vec<Setting>,
+    settings: Option<Vec<Setting>>,
 }
 
 /// A backup that is being made.
@@ -379,7 +466,7 @@ struct Run<'r, 'p> {
 
 impl<'r, 'p> Run<'r, 'p> {
     fn new(plan: Plan<'r>, progress: &'p dyn Progress) -> Result<Self> {
-        let start_time = Timestamp::now();
+        let start_time = whole_second(Timestamp::now());
         let id = BackupId::generate(start_time)?;
         let packer = |kind| Packer::new(Arc::clone(plan.repo.store()), plan.options.cluster.clone(), id, kind);
         let processors = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
@@ -396,7 +483,7 @@ impl<'r, 'p> Run<'r, 'p> {
         })
     }
 
-    fn execute(mut self, begun: Instant) -> Result<Report> {
+    fn execute(mut self, begun: Instant) -> Result<Attempt> {
         let start = self.start()?;
         self.progress.begin(Phase::Listing, 0);
         let listing = self.plan.source.data_dir().list()?;
@@ -407,9 +494,15 @@ impl<'r, 'p> Run<'r, 'p> {
         let mut entries = self.copy_cluster(&listing, judge.as_ref())?;
         let (control_entry, control) = self.copy_control(&listing)?;
         entries.push(control_entry);
-        entries.extend(self.copy_external(&listing)?);
+        entries.extend(self.copy_external()?);
         let bounds = self.stop(start, &control)?;
-        entries.extend(self.copy_wal(&bounds)?);
+        let range = self.wal_range(&bounds);
+        entries.extend(self.copy_wal(range)?);
+        // After the copy: a segment that was recycled meanwhile is found out.
+        if let Some(why) = wal::prove(self.plan.source.data_dir(), range, &self.plan.control)? {
+            return Ok(Attempt::Void(why));
+        }
+        self.release()?;
         let wal = wal::spans(self.plan.source.data_dir(), bounds.start_timeline, self.wal_range(&bounds))?;
         let suspects = judge.map_or_else(Vec::new, |judge| judge.damaged(bounds.stop));
         let corrupt_pages = self.describe(suspects);
@@ -420,7 +513,8 @@ impl<'r, 'p> Run<'r, 'p> {
             }
         }
         entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-        self.commit(Found { entries, listing, bounds, wal, control, corrupt_pages, settings }, begun)
+        let found = Found { entries, listing, bounds, wal, control, corrupt_pages, settings };
+        self.commit(found, begun).map(|report| Attempt::Done(Box::new(report)))
     }
 
     /// Begins the backup on the server; `None` for a stopped cluster.
@@ -474,16 +568,14 @@ impl<'r, 'p> Run<'r, 'p> {
         Ok((copied.ok_or_else(|| Error::bug("pg_control was not copied"))?, control))
     }
 
-    /// Copies `pg_hba.conf` and `pg_ident.conf` from wherever the server has them, if the data directory has none.
-    fn copy_external(&self, listing: &Listing) -> Result<Vec<FileEntry>> {
+    /// Copies `pg_hba.conf` and `pg_ident.conf` from wherever the server has them, if that is not the data directory.
+    fn copy_external(&self) -> Result<Vec<FileEntry>> {
         let Source::Live { session, data_dir } = &self.plan.source else { return Ok(Vec::new()) };
         let server = session.server();
         let mut items = Vec::new();
         for (name, path) in [("pg_hba.conf", &server.hba_file), ("pg_ident.conf", &server.ident_file)] {
-            let listed = listing.entries.iter().any(|entry| *entry.path == *name.as_bytes());
-            let bytes = if listed { None } else { data_dir.read_external(path)? };
-            if let Some(bytes) = bytes {
-                let (path, len) = (name.as_bytes().to_vec(), bytes.len() as u64);
+            if let Some(bytes) = data_dir.read_external(path)? {
+                let (path, len) = (format!("/{name}").into_bytes(), bytes.len() as u64);
                 let entry =
                     FileEntry { path, kind: FileKind::External, mode: 0o600, uid: 0, gid: 0, len, parts: Vec::new() };
                 items.push(Item { entry, content: Content::Bytes(Arc::from(bytes)), relation: None, parent: None });
@@ -492,14 +584,21 @@ impl<'r, 'p> Run<'r, 'p> {
         self.copy(&items, None)
     }
 
-    /// Settings from outside the data directory, if it has no `postgresql.conf` of its own.
-    fn settings(&self, listing: &Listing) -> Result<Vec<Setting>> {
-        let Source::Live { session, .. } = &self.plan.source else { return Ok(Vec::new()) };
-        if listing.entries.iter().any(|entry| *entry.path == *b"postgresql.conf") {
-            return Ok(Vec::new());
+    /// Settings from outside the data directory, if the server's `postgresql.conf` lies there.
+    fn settings(&self, listing: &Listing) -> Result<Option<Vec<Setting>>> {
+        let Source::Live { session, data_dir } = &self.plan.source else {
+            if !listing.entries.iter().any(|entry| *entry.path == *b"postgresql.conf") {
+                let what =
+                    "there is no postgresql.conf in the data directory: the server's settings are not in this backup";
+                self.progress.notice(what);
+            }
+            return Ok(None);
+        };
+        if data_dir.contains(&session.server().config_file)? {
+            return Ok(None);
         }
         let setting = |found: FileSetting| Setting { name: found.name, value: ByteString(found.value) };
-        Ok(session.file_settings()?.into_iter().map(setting).collect())
+        Ok(Some(session.file_settings()?.into_iter().map(setting).collect()))
     }
 
     fn copy(&self, items: &[Item], judge: Option<&Judge>) -> Result<Vec<FileEntry>> {
@@ -530,6 +629,7 @@ impl<'r, 'p> Run<'r, 'p> {
             (Source::Live { session, .. }, Some(start)) => (session, start),
             _ => return self.stopped(control),
         };
+        let replayed = session.replayed()?;
         let stopped = session.end_backup()?;
         let label = BackupLabel::parse(&stopped.backup_label)?;
         if label.start_lsn != start {
@@ -537,21 +637,30 @@ impl<'r, 'p> Run<'r, 'p> {
             return Err(Error::new(ErrorKind::Postgres, what));
         }
         session.wait_for_wal_flush(stopped.stop_lsn, FLUSH_TIMEOUT)?;
-        Ok(Bounds {
+        let from_standby = session.server().in_recovery;
+        let mut bounds = Bounds {
             start,
             stop: stopped.stop_lsn,
             start_timeline: label.start_timeline,
             timeline: session.current_timeline()?,
             backup_label: Some(stopped.backup_label),
             tablespace_map: Some(stopped.tablespace_map),
-            from_standby: session.server().in_recovery,
-        })
+            from_standby,
+        };
+        if let Some(replayed) = replayed.filter(|replayed| *replayed > bounds.stop) {
+            let stop = std::mem::replace(&mut bounds.stop, replayed);
+            // Only if that WAL can be followed: after a switch of timelines the server may not yet say on which one it is.
+            if wal::prove(self.plan.source.data_dir(), self.wal_range(&bounds), control).is_err() {
+                bounds.stop = stop;
+            }
+        }
+        Ok(bounds)
     }
 
     /// The bounds of a stopped cluster: its last checkpoint, which recovery reads and ends after.
     fn stopped(&self, control: &ControlFile) -> Result<Bounds> {
         let data_dir = self.plan.source.data_dir();
-        must_be_stopped(data_dir, control)?;
+        must_be_as_it_was(data_dir, &self.plan.control_bytes)?;
         let standby = control.state == ClusterState::ShutDownInRecovery;
         let end = wal::end_of_checkpoint(data_dir, control)?;
         Ok(Bounds {
@@ -575,17 +684,23 @@ impl<'r, 'p> Run<'r, 'p> {
         }
     }
 
-    fn copy_wal(&mut self, bounds: &Bounds) -> Result<Vec<FileEntry>> {
-        let range = self.wal_range(bounds);
-        let data_dir = self.plan.source.data_dir();
-        let items = wal::items(data_dir, range)?;
-        wal::prove(data_dir, range, &self.plan.control)?;
+    fn copy_wal(&self, range: WalRange) -> Result<Vec<FileEntry>> {
+        let items = wal::items(self.plan.source.data_dir(), range)?;
         self.progress.begin(Phase::Wal, items.iter().map(|item| item.entry.len).sum());
         let entries = self.copy(&items, None)?;
-        if let Source::Live { session, .. } = &mut self.plan.source {
-            session.drop_slot()?;
+        let len = |entries: &mut dyn Iterator<Item = &FileEntry>| entries.map(|entry| entry.len).sum::<u64>();
+        if len(&mut entries.iter()) != len(&mut items.iter().map(|item| &item.entry)) {
+            return Err(Error::new(ErrorKind::Unavailable, "a WAL file changed its length while it was copied"));
         }
         Ok(entries)
+    }
+
+    /// Lets the server have its WAL back; makes sure that a stopped cluster is still as it was.
+    fn release(&mut self) -> Result<()> {
+        match &mut self.plan.source {
+            Source::Live { session, .. } => session.drop_slot(),
+            Source::Offline { data_dir } => must_be_as_it_was(data_dir, &self.plan.control_bytes),
+        }
     }
 
     fn describe(&self, suspects: Vec<Suspect>) -> Vec<CorruptPage> {
@@ -625,7 +740,8 @@ impl<'r, 'p> Run<'r, 'p> {
         manifest.pages = pages;
         manifest.packs = with_lengths(&needed, &own, self.plan.parent.as_ref())?;
         manifest.sequence = self.plan.repo.catalog(&manifest.cluster)?.next_sequence();
-        manifest.stop_time = Timestamp::now();
+        manifest.stop_time = whole_second(Timestamp::now());
+        manifest.duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         let manifest_len = self.plan.repo.commit(&manifest)?;
         Ok(Report {
             backup: BackupSummary::new(&manifest, manifest_len),
@@ -668,6 +784,7 @@ impl<'r, 'p> Run<'r, 'p> {
             wal: found.wal.clone(),
             start_time: self.start_time,
             stop_time: self.start_time,
+            duration_ms: 0,
             from_standby: bounds.from_standby,
             offline: bounds.backup_label.is_none(),
             backup_label: bounds.backup_label.clone().map(ByteString),
@@ -675,7 +792,8 @@ impl<'r, 'p> Run<'r, 'p> {
             tablespaces: listing.tablespaces.iter().map(tablespace_location).collect(),
             data_directory_mode: listing.mode,
             data_directory_owner: (listing.uid, listing.gid),
-            settings: found.settings.clone(),
+            config_outside: found.settings.is_some(),
+            settings: found.settings.clone().unwrap_or_default(),
             cluster_bytes: bytes(|kind| kind != FileKind::Wal),
             wal_bytes: bytes(|kind| kind == FileKind::Wal),
             file_count: found.entries.iter().filter(|entry| entry.kind == FileKind::File).count() as u64,
@@ -688,6 +806,11 @@ impl<'r, 'p> Run<'r, 'p> {
             pages: Vec::new(),
         })
     }
+}
+
+/// Times are told in whole seconds: finer ones are read by few programs.
+fn whole_second(time: Timestamp) -> Timestamp {
+    Timestamp::from_second(time.as_second()).unwrap_or(time)
 }
 
 fn tablespace_location(found: &Tablespace) -> TablespaceLocation {

@@ -12,13 +12,14 @@
 //! An interrupted restore is a directory without `pg_control`, which PostgreSQL refuses to start.
 //!
 //! The restored cluster recovers by archive recovery from its own `pg_wal` (`recovery.signal`, a `restore_command` that finds nothing), so it
-//! ends on a new timeline and can never continue the original's WAL; `archive_mode` is off unless asked for. Every recovery setting that the source may have
-//! had is overridden at the end of `postgresql.auto.conf`, which is read last; its signal files are left out.
+//! ends on a new timeline and can never continue the original's WAL; `archive_mode` is off unless asked for (`restore/config.rs`). The source's
+//! signal files are left out.
 //!
 //! What goes wrong: damage in the repository, noticed before a byte of it is written; a full disk, noticed by the plan or by the write; a path that
 //! leads out of the target (`target/mod.rs`).
 
 mod chunks;
+mod config;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -32,6 +33,7 @@ use std::time::Instant;
 use serde::Serialize;
 
 use self::chunks::{TargetFile, Writer};
+use self::config::Wanted;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{
     MajorVersion, PgFileChecksum, PgManifestFile, PgManifestWriter, TablespaceMap, TablespaceOid, WalRange,
@@ -46,6 +48,9 @@ const REPLACED: [&[u8]; 6] =
     [b"recovery.signal", b"standby.signal", b"backup_label", b"tablespace_map", b"backup_manifest", b"postmaster.pid"];
 /// The settings file that is read last.
 const AUTO_CONF: &[u8] = b"postgresql.auto.conf";
+const CONF: &[u8] = b"postgresql.conf";
+/// Bytes of a configuration file at most.
+const MAX_CONF_LEN: u64 = 64 << 20;
 
 /// Where to restore to and how.
 #[derive(Clone, Debug)]
@@ -112,6 +117,7 @@ pub fn plan<'r>(repo: &'r Repository, cluster: &ClusterName, backup: &str, optio
     let manifest = repo.manifest(cluster, backup.id)?;
     packs_must_be_there(repo, &manifest)?;
     must_not_overlap(repo, &options.target)?;
+    must_not_be_in_a_cluster(&options.target)?;
     if let Some(pid) = PostmasterPid::read(&options.target)?.filter(PostmasterPid::is_alive) {
         let what = format!("a server (process {}) runs on {}", pid.pid, options.target.display());
         return Err(Error::invalid(what).hint("restore to another directory, or stop it and move its directory away"));
@@ -128,19 +134,11 @@ pub fn plan<'r>(repo: &'r Repository, cluster: &ClusterName, backup: &str, optio
             if last_path.as_ref().is_some_and(|last| *last >= entry.path) {
                 return Err(Error::corrupt(entry.display_path(), "the file table is out of order"));
             }
-            target.path(&entry.path)?;
             last_path = Some(entry.path.clone());
-            match entry.kind {
-                FileKind::Directory => directories.push(entry),
-                FileKind::File if REPLACED.contains(&entry.path.as_slice()) => {}
-                FileKind::File | FileKind::Wal | FileKind::External => {
-                    parts_must_fit(&manifest, &entry)?;
-                    let owner = owner_of(&manifest, &entry);
-                    files.push(TargetFile::new(entry, owner));
-                }
-            }
+            add_entry(entry, &manifest, &target, &mut directories, &mut files)?;
         }
     }
+    files.sort_unstable_by(|a, b| a.entry.path.cmp(&b.entry.path));
     let mut bytes = vec![0; target.roots().count()];
     for file in &files {
         let path = target.path(&file.entry.path)?;
@@ -149,6 +147,39 @@ pub fn plan<'r>(repo: &'r Repository, cluster: &ClusterName, backup: &str, optio
     }
     target.check(&bytes)?;
     Ok(Plan { repo, backup, manifest, target, directories, files, options: options.clone() })
+}
+
+/// Takes an entry of the file table into the plan, unless the restored cluster gets its own file of that name.
+fn add_entry(
+    mut entry: FileEntry,
+    manifest: &Manifest,
+    target: &Target,
+    directories: &mut Vec<FileEntry>,
+    files: &mut Vec<TargetFile>,
+) -> Result<()> {
+    match entry.kind {
+        FileKind::Directory => {
+            target.path(&entry.path)?;
+            directories.push(entry);
+            return Ok(());
+        }
+        FileKind::File => {
+            let replaced = REPLACED.contains(&entry.path.as_slice()) || (manifest.config_outside && entry.path == CONF);
+            // Files from outside the data directory come first in the table: nothing sorts before a slash.
+            if replaced || files.iter().take(2).any(|file| file.entry.path == entry.path) {
+                return Ok(());
+            }
+        }
+        FileKind::External => {
+            entry.path = entry.path.strip_prefix(b"/").map(<[u8]>::to_vec).unwrap_or(entry.path);
+        }
+        FileKind::Wal => {}
+    }
+    target.path(&entry.path)?;
+    parts_must_fit(manifest, &entry)?;
+    let owner = owner_of(manifest, &entry);
+    files.push(TargetFile::new(entry, owner));
+    Ok(())
 }
 
 /// Restores a backup.
@@ -191,6 +222,26 @@ fn must_not_overlap(repo: &Repository, target: &Path) -> Result<()> {
     Ok(())
 }
 
+/// A directory in another cluster's would be backed up with it, and lost with it.
+fn must_not_be_in_a_cluster(target: &Path) -> Result<()> {
+    let resolved = resolve(target)?;
+    if resolved.join("global/pg_control.unfinished").exists() {
+        let what = format!("{} holds a restore that did not end", target.display());
+        return Err(Error::invalid(what).hint("delete it and restore again"));
+    }
+    if resolved.exists() && !resolved.is_dir() {
+        return Err(Error::invalid(format!("{} is not a directory", target.display())));
+    }
+    let cluster = resolved.ancestors().skip(1).find(|ancestor| ancestor.join("PG_VERSION").is_file());
+    match cluster {
+        Some(cluster) => {
+            let what = format!("{} lies in the data directory {}", target.display(), cluster.display());
+            Err(Error::invalid(what).hint("restore to a directory outside of it"))
+        }
+        None => Ok(()),
+    }
+}
+
 /// A file's maps must not have more blocks than its length says.
 fn parts_must_fit(manifest: &Manifest, entry: &FileEntry) -> Result<()> {
     let blocks = entry.len.div_ceil(u64::from(manifest.block_size));
@@ -219,7 +270,12 @@ fn tablespaces(manifest: &Manifest, map: &[(PathBuf, PathBuf)]) -> Result<BTreeM
             let what = format!("the backup has no tablespace in {}", old.display());
             let known: Vec<_> = manifest.tablespaces.iter().filter_map(|t| t.location.as_ref()).collect();
             let known: Vec<_> = known.iter().map(|location| String::from_utf8_lossy(&location.0)).collect();
-            Err(Error::invalid(what).hint(format!("its tablespaces are in: {}", known.join(", "))))
+            let known = if known.is_empty() {
+                "it has none outside its data directory".to_owned()
+            } else {
+                format!("its tablespaces are in: {}", known.join(", "))
+            };
+            Err(Error::invalid(what).hint(known))
         }
         None => Ok(places),
     }
@@ -247,10 +303,10 @@ impl Plan<'_> {
     fn execute(self, begun: Instant, progress: &dyn Progress) -> Result<Report> {
         let manifest = &self.manifest;
         let bytes_written = self.files.iter().map(|file| file.entry.len).sum();
-        self.target.create(directory_owner(manifest))?;
+        self.target.create()?;
         let roots = self.target.open_roots()?;
         for entry in &self.directories {
-            self.target.make_directory(&entry.path, owner_of(manifest, entry))?;
+            self.target.make_directory(&entry.path)?;
         }
         progress.begin(Phase::Restoring, bytes_written);
         let bytes_read = AtomicU64::new(0);
@@ -265,8 +321,9 @@ impl Plan<'_> {
             bytes_read: &bytes_read,
         };
         writer.run()?;
-        self.add_files()?;
+        self.add_files(progress)?;
         self.target.link_tablespaces(default_owner(manifest))?;
+        self.hand_over()?;
         progress.begin(Phase::Syncing, 0);
         roots.sync()?;
         self.target.finish()?;
@@ -280,6 +337,17 @@ impl Plan<'_> {
         })
     }
 
+    /// Gives files and directories the owners and modes that would have been in the way, the deepest directories first.
+    fn hand_over(&self) -> Result<()> {
+        for file in &self.files {
+            self.target.close_file(&file.entry.path, file.owner)?;
+        }
+        for entry in self.directories.iter().rev() {
+            self.target.hand_over(&entry.path, owner_of(&self.manifest, entry))?;
+        }
+        self.target.hand_over_roots(directory_owner(&self.manifest))
+    }
+
     fn notice_owners(&self, progress: &dyn Progress) {
         let (uid, _) = self.manifest.data_directory_owner;
         if !self.target.gives_away() && uid != rustix::process::geteuid().as_raw() {
@@ -290,31 +358,49 @@ impl Plan<'_> {
     }
 
     /// Adds what PostgreSQL needs to recover from this directory.
-    fn add_files(&self) -> Result<()> {
+    fn add_files(&self, progress: &dyn Progress) -> Result<()> {
         let manifest = &self.manifest;
         let owner = default_owner(manifest);
-        let mut added: Vec<(&[u8], Vec<u8>)> = Vec::new();
+        let mut written: Vec<(&[u8], Vec<u8>)> = Vec::new();
         if let Some(label) = &manifest.backup_label {
-            added.push((b"backup_label", label.0.clone()));
+            written.push((b"backup_label", label.0.clone()));
         }
         if let Some(map) = self.tablespace_map()? {
-            added.push((b"tablespace_map", map));
+            written.push((b"tablespace_map", map));
         }
-        if !self.has(b"postgresql.conf") {
-            added.push((b"postgresql.conf", self.postgresql_conf()));
+        if !self.has(CONF) {
+            written.push((CONF, config::postgresql_conf(&manifest.settings, manifest.config_outside)));
         }
         for (name, text) in [(&b"pg_hba.conf"[..], "local all all peer\n"), (b"pg_ident.conf", "")] {
             if !self.has(name) {
                 let text = format!("# Written by pgstrata restore: the backup has no such file.\n{text}");
-                added.push((name, text.into_bytes()));
+                written.push((name, text.into_bytes()));
             }
         }
-        for (name, bytes) in &added {
+        for (name, bytes) in &written {
             self.target.write_file(name, bytes, owner)?;
         }
-        self.write_pg_manifest(&added)?;
-        self.append_settings()?;
+        if let Some(conf) = self.confine(progress)? {
+            written.push((CONF, conf));
+        }
+        self.write_pg_manifest(&written)?;
+        self.configure()?;
         self.target.write_file(b"recovery.signal", b"", owner)
+    }
+
+    /// Takes out of the restored `postgresql.conf` what leads to the original.
+    fn confine(&self, progress: &dyn Progress) -> Result<Option<Vec<u8>>> {
+        if !self.has(CONF) {
+            return Ok(None);
+        }
+        let Some((conf, removed)) = config::confined(&self.target.read_file(CONF, MAX_CONF_LEN)?) else {
+            return Ok(None);
+        };
+        for line in removed {
+            progress.notice(&format!("taken out of the restored postgresql.conf, as it leads to the original: {line}"));
+        }
+        self.target.rewrite_file(CONF, &conf)?;
+        Ok(Some(conf))
     }
 
     fn has(&self, path: &[u8]) -> bool {
@@ -338,21 +424,6 @@ impl Plan<'_> {
         MajorVersion::new(major).ok_or_else(unknown)
     }
 
-    /// The source's settings, where its configuration file lay outside the data directory.
-    fn postgresql_conf(&self) -> Vec<u8> {
-        let mut text =
-            b"# Written by pgstrata restore: the source's configuration file was not in its data directory.\n\
-            # These are the settings that it had from there.\n"
-                .to_vec();
-        for setting in &self.manifest.settings {
-            text.extend_from_slice(setting.name.as_bytes());
-            text.extend_from_slice(b" = ");
-            text.extend_from_slice(&setting.value.0);
-            text.push(b'\n');
-        }
-        text
-    }
-
     /// PostgreSQL's own manifest, by which `pg_verifybackup` checks the directory.
     fn write_pg_manifest(&self, added: &[(&[u8], Vec<u8>)]) -> Result<()> {
         let manifest = &self.manifest;
@@ -370,7 +441,11 @@ impl Plan<'_> {
             last_modified: manifest.stop_time,
             checksum: Some(PgFileChecksum::Crc32c(crc)),
         };
-        let listed = |file: &&TargetFile| file.entry.kind != FileKind::Wal && file.entry.path != AUTO_CONF;
+        let rewritten = |path: &[u8]| added.iter().any(|(name, _)| *name == path);
+        let listed = |file: &&TargetFile| {
+            let TargetFile { entry, .. } = file;
+            entry.kind != FileKind::Wal && entry.path != AUTO_CONF && !rewritten(&entry.path)
+        };
         for file in self.files.iter().filter(listed) {
             out.add_file(&described(&file.entry.path, file.entry.len, file.crc32c())).map_err(failed)?;
         }
@@ -387,52 +462,16 @@ impl Plan<'_> {
     }
 
     /// Overrides every setting by which the source may have recovered, replicated or archived.
-    fn append_settings(&self) -> Result<()> {
-        use std::io::{Seek, SeekFrom, Write};
-        let owner = default_owner(&self.manifest);
-        let mut file = match self.has(AUTO_CONF) {
-            true => self.target.open_file(AUTO_CONF)?,
-            false => self.target.make_file(AUTO_CONF, 0, owner)?,
+    fn configure(&self) -> Result<()> {
+        let wanted = Wanted {
+            major: self.major()?,
+            archive_mode: self.options.archive_mode,
+            in_place: self.manifest.tablespaces.iter().any(|tablespace| tablespace.location.is_none()),
         };
-        let mut text = recovery_settings(self.major()?, self.options.archive_mode);
-        if self.manifest.tablespaces.iter().any(|tablespace| tablespace.location.is_none()) {
-            // Recovery refuses a tablespace in place otherwise (xlogrecovery.c, CheckTablespaceDirectory).
-            text.push_str("allow_in_place_tablespaces = on\n");
+        if self.has(AUTO_CONF) {
+            let source = self.target.read_file(AUTO_CONF, MAX_CONF_LEN)?;
+            return self.target.rewrite_file(AUTO_CONF, &config::auto_conf(&source, wanted));
         }
-        let appended = file.seek(SeekFrom::End(0)).and_then(|_| file.write_all(text.as_bytes()));
-        appended.map_err(|e| Error::io("write", Path::new("postgresql.auto.conf"), e))
+        self.target.write_file(AUTO_CONF, &config::auto_conf(b"", wanted), default_owner(&self.manifest))
     }
-}
-
-/// What is appended to `postgresql.auto.conf`.
-///
-/// `restore_command` must be set for archive recovery; one that finds nothing makes the server take its own `pg_wal`.
-/// PostgreSQL: `src/backend/access/transam/xlogrecovery.c`, `validateRecoveryParameters`.
-fn recovery_settings(major: MajorVersion, archive_mode: bool) -> String {
-    let mut settings = vec![
-        ("restore_command", "exit 1"),
-        ("recovery_end_command", ""),
-        ("archive_cleanup_command", ""),
-        ("recovery_target", ""),
-        ("recovery_target_name", ""),
-        ("recovery_target_time", ""),
-        ("recovery_target_xid", ""),
-        ("recovery_target_lsn", ""),
-        ("recovery_target_timeline", "latest"),
-        ("recovery_target_action", "promote"),
-        ("recovery_min_apply_delay", "0"),
-        ("primary_conninfo", ""),
-        ("primary_slot_name", ""),
-    ];
-    if major.as_u32() < 16 {
-        settings.push(("promote_trigger_file", ""));
-    }
-    if !archive_mode {
-        settings.push(("archive_mode", "off"));
-    }
-    let lines = settings.iter().map(|(name, value)| format!("{name} = '{value}'\n"));
-    format!(
-        "\n# Added by pgstrata restore: nothing of the source's recovery, replication and archiving goes on here.\n{}",
-        lines.collect::<String>()
-    )
 }

@@ -109,14 +109,26 @@ struct Slice {
     part: u32,
     start: u32,
     count: u32,
+    /// Whether it goes on to the end of the file.
+    to_end: bool,
 }
 
 /// A file in work.
 struct OpenItem {
-    reader: OnceLock<Option<Reader>>,
-    opening: Mutex<()>,
+    reader: Mutex<Opened>,
+    slices_to_read: AtomicUsize,
     parts: Vec<OpenPart>,
     parts_left: AtomicUsize,
+}
+
+/// How far the file of an item is.
+enum Opened {
+    NotYet,
+    Here(Arc<Reader>),
+    /// It was gone when it was to be opened.
+    Vanished,
+    /// All of it was read.
+    Done,
 }
 
 #[derive(Default)]
@@ -198,7 +210,7 @@ impl Copier<'_> {
             open: Mutex::default(),
             entries: Mutex::default(),
         };
-        let empty = items.iter().filter(|item| item.entry.len == 0);
+        let empty = items.iter().filter(|item| self.part_count(item) == 0);
         lock(&run.entries).extend(empty.map(|item| item.entry.clone()));
         let workers = self.jobs.min(run.slices.len());
         let outcomes: Vec<Result<()>> = std::thread::scope(|scope| {
@@ -214,26 +226,40 @@ impl Copier<'_> {
         len.div_ceil(self.block_len as u64)
     }
 
-    fn part_blocks(&self, len: u64, part: u32) -> u32 {
+    fn part_blocks(&self, item: &Item, part: u32) -> u32 {
         let before = u64::from(part) * u64::from(PART_BLOCKS);
-        let blocks = self.block_count(len).saturating_sub(before).min(u64::from(PART_BLOCKS));
-        u32::try_from(blocks).unwrap_or(PART_BLOCKS)
+        let blocks = self.block_count(item.entry.len).saturating_sub(before).min(u64::from(PART_BLOCKS));
+        let least = u64::from(item.is_read_to_its_end());
+        u32::try_from(blocks.max(least)).unwrap_or(PART_BLOCKS)
     }
 
-    fn part_count(&self, len: u64) -> u32 {
-        u32::try_from(self.block_count(len).div_ceil(u64::from(PART_BLOCKS))).unwrap_or(u32::MAX)
+    fn part_count(&self, item: &Item) -> u32 {
+        let parts = self.block_count(item.entry.len).div_ceil(u64::from(PART_BLOCKS));
+        u32::try_from(parts.max(u64::from(item.is_read_to_its_end()))).unwrap_or(u32::MAX)
     }
 
     fn slices(&self, items: &[Item]) -> Vec<Slice> {
         let mut slices = Vec::with_capacity(items.len());
-        for (item, Item { entry, .. }) in items.iter().enumerate() {
-            for part in 0..self.part_count(entry.len) {
-                let blocks = self.part_blocks(entry.len, part);
+        for (index, item) in items.iter().enumerate() {
+            for part in 0..self.part_count(item) {
+                let blocks = self.part_blocks(item, part);
                 let starts = (0..blocks).step_by(SLICE_BLOCKS as usize);
-                slices.extend(starts.map(|start| Slice { item, part, start, count: SLICE_BLOCKS.min(blocks - start) }));
+                slices.extend(starts.map(|start| {
+                    let count = SLICE_BLOCKS.min(blocks - start);
+                    let last = part + 1 == self.part_count(item) && start + count == blocks;
+                    Slice { item: index, part, start, count, to_end: last && item.is_read_to_its_end() }
+                }));
             }
         }
         slices
+    }
+}
+
+impl Item {
+    /// Whether the file is read to wherever its end is then: WAL knows what is appended to a relation after the backup began, but not
+    /// what is appended to a configuration file.
+    fn is_read_to_its_end(&self) -> bool {
+        self.relation.is_none() && matches!(self.content, Content::DataDirectory)
     }
 }
 
@@ -257,30 +283,30 @@ impl Run<'_> {
     fn open_item(&self, index: usize) -> Arc<OpenItem> {
         let mut open = lock(&self.open);
         let item = open.entry(index).or_insert_with(|| {
-            let len = self.items[index].entry.len;
-            let parts = (0..self.copier.part_count(len)).map(|part| {
-                let slices = self.copier.part_blocks(len, part).div_ceil(SLICE_BLOCKS);
+            let item = &self.items[index];
+            let parts = (0..self.copier.part_count(item)).map(|part| {
+                let slices = self.copier.part_blocks(item, part).div_ceil(SLICE_BLOCKS);
                 let (slices_left, reads_left) = (AtomicU32::new(slices), AtomicU32::new(slices));
                 OpenPart { slices_left, reads_left, ..OpenPart::default() }
             });
             let parts: Vec<_> = parts.collect();
-            let parts_left = AtomicUsize::new(parts.len());
-            Arc::new(OpenItem { reader: OnceLock::new(), opening: Mutex::default(), parts, parts_left })
+            let slices = parts.iter().map(|part| part.slices_left.load(Ordering::Relaxed) as usize).sum();
+            let (slices_to_read, parts_left) = (AtomicUsize::new(slices), AtomicUsize::new(parts.len()));
+            Arc::new(OpenItem { reader: Mutex::new(Opened::NotYet), slices_to_read, parts, parts_left })
         });
         Arc::clone(item)
     }
 
     /// The item's reader; all its slices read through one open file, whatever happens to the name.
-    fn reader<'o>(&self, index: usize, open: &'o OpenItem) -> Result<Option<&'o Reader>> {
-        if open.reader.get().is_none() {
-            let _opening = lock(&open.opening);
-            if open.reader.get().is_none() {
-                let reader = self.open_reader(&self.items[index])?;
-                // Set once: nobody else gets here while `opening` is held.
-                let _ = open.reader.set(reader);
-            }
+    fn reader(&self, index: usize, open: &OpenItem) -> Result<Option<Arc<Reader>>> {
+        let mut opened = lock(&open.reader);
+        if let Opened::NotYet = *opened {
+            *opened = self.open_reader(&self.items[index])?.map_or(Opened::Vanished, |r| Opened::Here(Arc::new(r)));
         }
-        Ok(open.reader.get().and_then(Option::as_ref))
+        match &*opened {
+            Opened::Here(reader) => Ok(Some(Arc::clone(reader))),
+            _ => Ok(None),
+        }
     }
 
     fn open_reader(&self, item: &Item) -> Result<Option<Reader>> {
@@ -307,8 +333,14 @@ impl Run<'_> {
         Ok(Arc::clone(loaded.insert(Arc::new(fingerprints))))
     }
 
-    /// Lets go of the parent's fingerprints of a part when its last slice is read.
+    /// Lets go of the parent's fingerprints of a part when its last slice is read, and of the file when all are.
     fn read_done(&self, slice: Slice, open: &OpenItem) {
+        if open.slices_to_read.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let mut opened = lock(&open.reader);
+            if let Opened::Here(_) = *opened {
+                *opened = Opened::Done;
+            }
+        }
         let part = &open.parts[slice.part as usize];
         if part.reads_left.fetch_sub(1, Ordering::AcqRel) == 1 {
             lock(&part.parent).take();
@@ -329,7 +361,7 @@ impl Run<'_> {
         }
         let slices = std::mem::take(&mut *lock(&part.slices));
         let parent_blocks = part.parent_blocks.get().copied().unwrap_or(0);
-        let vanished = matches!(open.reader.get(), None | Some(None));
+        let vanished = matches!(*lock(&open.reader), Opened::NotYet | Opened::Vanished);
         if !vanished {
             let done = self.copier.stack.write(slices, parent_blocks, self.parent_map(index, part_number))?;
             if self.items[index].relation.is_some() {
@@ -416,7 +448,7 @@ impl<'r, 'a> Worker<'r, 'a> {
         self.slices.push(OpenSlice { slice, map, read: false });
         if let Some(reader) = self.run.reader(slice.item, &open)? {
             let parent = self.run.parent(slice, &open)?;
-            self.read(slice, reader, &parent)?;
+            self.read(slice, &reader, &parent)?;
         }
         self.run.read_done(slice, &open);
         let index = self.slices.len() - 1;
@@ -435,7 +467,10 @@ impl<'r, 'a> Worker<'r, 'a> {
         let block_len = copier.block_len as u64;
         let file_len = self.run.items[slice.item].entry.len;
         let part_offset = u64::from(slice.part) * u64::from(PART_BLOCKS) * block_len;
-        let end = file_len.min(part_offset + u64::from(slice.start + slice.count) * block_len);
+        let end = match slice.to_end {
+            true => part_offset + u64::from(PART_BLOCKS) * block_len,
+            false => file_len.min(part_offset + u64::from(slice.start + slice.count) * block_len),
+        };
         let mut offset = part_offset + u64::from(slice.start) * block_len;
         let mut window = std::mem::take(&mut self.window);
         while offset < end {
@@ -454,7 +489,8 @@ impl<'r, 'a> Worker<'r, 'a> {
             let read_blocks = u32::try_from(padded / copier.block_len).unwrap_or(0);
             if let Some(open) = self.slices.last_mut() {
                 open.map.end = first + read_blocks;
-                open.map.file_end = (len < wanted).then_some(offset + len as u64);
+                let ends = len < wanted || (slice.to_end && offset + len as u64 == end);
+                open.map.file_end = ends.then_some(offset + len as u64);
             }
             if len < wanted {
                 break;

@@ -15,6 +15,10 @@ use crate::pg::{BlockNumber, BlocksPerSegment, Lsn, PageCheck, PageFault, Relati
 
 /// How often a page is read again, and how long it may take the server to finish writing it: 1, 2, 4, ... ms.
 const READS: u32 = 7;
+/// After so many pages that stayed wrong, the disk is to blame, not a write that goes on: further ones are read again once.
+const PATIENCE: usize = 64;
+/// Suspects that are kept at most.
+const MAX_SUSPECTS: usize = 100_000;
 
 /// What became of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,8 +72,10 @@ impl Judge {
             return Ok(Verdict::AsRead);
         };
         let PageCheck::Invalid { reason: mut fault } = check_page(page, block) else { return Ok(Verdict::AsRead) };
-        for attempt in 0..READS {
-            std::thread::sleep(Duration::from_millis(1 << attempt));
+        for attempt in 0..self.reads() {
+            if self.start.is_some() {
+                std::thread::sleep(Duration::from_millis(1 << attempt));
+            }
             let len = read(page)?;
             if len < page.len() {
                 // The file was truncated in the meantime: replay does the same.
@@ -82,8 +88,17 @@ impl Judge {
             }
         }
         let suspect = Suspect { path: path.to_vec(), relation, block, fault, lsn: page_lsn(page) };
-        self.suspects.lock().unwrap_or_else(PoisonError::into_inner).push(suspect);
+        let mut suspects = self.suspects.lock().unwrap_or_else(PoisonError::into_inner);
+        if suspects.len() < MAX_SUSPECTS {
+            suspects.push(suspect);
+        }
         Ok(Verdict::ReadAgain)
+    }
+
+    /// How often to read a page again: nobody writes to a stopped cluster.
+    fn reads(&self) -> u32 {
+        let suspects = self.suspects.lock().unwrap_or_else(PoisonError::into_inner).len();
+        if self.start.is_none() || suspects >= PATIENCE { 1 } else { READS }
     }
 
     /// The damaged pages, in order: those that replay up to `stop` does not write anew.

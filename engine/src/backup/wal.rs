@@ -4,6 +4,9 @@
 //! as zeros: they belong to no part of this backup, and a recovery must end at the stop, not somewhere in a segment that
 //! was half written. Segments are taken from the timeline that the server's history says, newest first, as recovery reads them.
 //!
+//! On a standby, where `pg_backup_stop` names the last point that must be replayed, the range goes on to what the standby had replayed: the
+//! restored copy is then as new as the backup.
+//!
 //! What goes wrong: a segment that was removed or recycled before it was copied (no slot could be had), noticed by its name or by
 //! [`prove`], which follows every record from start to stop. Then the backup is void.
 
@@ -15,7 +18,8 @@ use std::sync::Arc;
 use super::copy::{Content, Item};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{
-    ControlFile, Lsn, TimelineHistory, TimelineId, WalSegmentSize, WalSource, WalStep, WalWalker, history_file_name,
+    ControlFile, Lsn, MajorVersion, TimelineHistory, TimelineId, WalRecord, WalSegmentSize, WalSource, WalStep,
+    WalWalker, history_file_name,
 };
 use crate::repo::{FileEntry, FileKind, WalSpan};
 use crate::source::DataDir;
@@ -93,14 +97,69 @@ pub(super) fn lost(name: &str) -> Error {
         .hint("let the server have a free replication slot (max_replication_slots), or a larger wal_keep_size, and run it again")
 }
 
-/// Follows every record from start to stop: the proof that the backup's WAL is whole.
+/// Follows every record from start to stop: the proof that the backup's WAL is whole, and that its replay needs nothing that the
+/// backup cannot have. Says why the backup is void, if it is.
 ///
 /// # Errors
 /// `Unavailable` or `Corrupt` if a segment is gone or was recycled, with the LSN.
-pub(super) fn prove(data_dir: &DataDir, range: WalRange, control: &ControlFile) -> Result<()> {
+pub(super) fn prove(data_dir: &DataDir, range: WalRange, control: &ControlFile) -> Result<Option<String>> {
     let mut log = Log::open(data_dir, range, control)?;
-    while log.next()?.is_some() {}
-    Ok(())
+    let mut hazards = Hazards::new(control.major_version());
+    while log.next(|record| hazards.look_at(record))?.is_some() {}
+    Ok(hazards.found)
+}
+
+/// What in the WAL of a backup makes its replay wrong.
+///
+/// * A file copy of a database whose source is gone before the backup ends (`ALTER DATABASE ... SET TABLESPACE`, or `CREATE DATABASE` by
+///   file copy and `DROP DATABASE` of the template): replay copies the restored source, of which files may be missing.
+/// * A new tablespace: replay makes its link to the original's directory, and the copy would work on the original's files.
+///
+/// PostgreSQL: `src/backend/commands/dbcommands.c`, `dbase_redo`; `tablespace.c`, `tblspc_redo`.
+struct Hazards {
+    drop_info: u8,
+    /// Sources of file copies: database and tablespace.
+    copied: Vec<(u32, u32)>,
+    found: Option<String>,
+}
+
+impl Hazards {
+    const DATABASE: u8 = 4;
+    const TABLESPACE: u8 = 5;
+    const CREATE: u8 = 0x00;
+
+    fn new(major: MajorVersion) -> Self {
+        // 15 put the logged kind of CREATE DATABASE between the two.
+        let drop_info = if major.as_u32() < 15 { 0x10 } else { 0x20 };
+        Self { drop_info, copied: Vec::new(), found: None }
+    }
+
+    fn look_at(&mut self, record: WalRecord<'_>) {
+        let kind = (record.rmgr(), record.info() & 0xF0);
+        let is_drop = kind == (Self::DATABASE, self.drop_info);
+        if kind != (Self::DATABASE, Self::CREATE) && kind != (Self::TABLESPACE, Self::CREATE) && !is_drop {
+            return;
+        }
+        let data = record.main_data().unwrap_or(&[]);
+        let word =
+            |at: usize| data.get(4 * at..4 * at + 4).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes);
+        if kind.0 == Self::TABLESPACE {
+            let in_place = data.get(4).is_some_and(|byte| *byte == 0);
+            if !in_place {
+                let oid = word(0).unwrap_or_default();
+                self.found = Some(format!("tablespace {oid} was created while the backup ran, at {}", record.lsn));
+            }
+        } else if is_drop {
+            let count = word(1).unwrap_or_default() as usize;
+            let dropped = (0..count.min(data.len() / 4)).filter_map(|at| Some((word(0)?, word(2 + at)?)));
+            if let Some((database, _)) = dropped.into_iter().find(|dropped| self.copied.contains(dropped)) {
+                let what = "was copied as a whole and dropped or moved";
+                self.found = Some(format!("database {database} {what} while the backup ran, at {}", record.lsn));
+            }
+        } else if let (Some(database), Some(tablespace)) = (word(2), word(3)) {
+            self.copied.push((database, tablespace));
+        }
+    }
 }
 
 /// Where the record of a stopped cluster's last checkpoint ends.
@@ -109,7 +168,8 @@ pub(super) fn end_of_checkpoint(data_dir: &DataDir, control: &ControlFile) -> Re
     let segment_size = control.wal_segment_size;
     let range = WalRange { start: control.checkpoint, stop, timeline: control.timeline, segment_size, at_rest: true };
     let mut log = Log::open(data_dir, range, control)?;
-    log.next()?.ok_or_else(|| Error::corrupt(control.checkpoint.to_string(), "the last checkpoint is not in pg_wal"))
+    log.next(|_| ())?
+        .ok_or_else(|| Error::corrupt(control.checkpoint.to_string(), "the last checkpoint is not in pg_wal"))
 }
 
 /// The records of `pg_wal` in a range.
@@ -137,11 +197,14 @@ impl<'a> Log<'a> {
         Ok(Self { data_dir, walker, history, segment_size, file: None, buffer: vec![0; READ_LEN] })
     }
 
-    /// The end of the next record, or `None` past the last.
-    fn next(&mut self) -> Result<Option<Lsn>> {
+    /// The end of the next record, after a look at it, or `None` past the last.
+    fn next(&mut self, look: impl FnOnce(WalRecord<'_>)) -> Result<Option<Lsn>> {
         loop {
             let at = match self.walker.step()? {
-                WalStep::Record(record) => return Ok(Some(record.end)),
+                WalStep::Record(record) => {
+                    look(record);
+                    return Ok(Some(record.end));
+                }
                 WalStep::Finished => return Ok(None),
                 WalStep::NeedBytes { at } => at,
             };
@@ -167,4 +230,42 @@ pub(super) fn spans(data_dir: &DataDir, start_timeline: TimelineId, range: WalRa
     let (history, _) = history(data_dir, range.timeline)?;
     let spans = history.wal_ranges(start_timeline, range.start, range.stop)?.into_iter();
     Ok(spans.map(|span| WalSpan { timeline: span.timeline, start: span.start, end: span.end }).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn looked_at(major: u32, records: &[(u8, u8, &[u32])]) -> Option<String> {
+        let mut hazards = Hazards::new(MajorVersion::new(major).unwrap());
+        for (rmgr, info, words) in records {
+            let data: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            let mut bytes = vec![0; 24];
+            (bytes[16], bytes[17]) = (*info, *rmgr);
+            bytes.extend([255, data.len() as u8]);
+            bytes.extend(data);
+            hazards.look_at(WalRecord::new_unchecked(Lsn::new(1), &bytes));
+        }
+        hazards.found
+    }
+
+    #[test]
+    fn a_copied_database_that_is_dropped_in_the_same_backup_voids_it() {
+        let copy: (u8, u8, &[u32]) = (4, 0x00, &[20, 1663, 10, 1663]);
+        for (major, drop) in [(13, 0x10), (14, 0x10), (15, 0x20), (18, 0x20)] {
+            assert_eq!(looked_at(major, &[copy]), None);
+            assert_eq!(looked_at(major, &[copy, (4, drop, &[11, 1, 1663])]), None);
+            assert_eq!(looked_at(major, &[copy, (4, drop, &[10, 1, 1700])]), None);
+            assert!(looked_at(major, &[copy, (4, drop, &[10, 2, 1700, 1663])]).is_some());
+            assert_eq!(looked_at(major, &[(4, drop, &[10, 1, 1663]), copy]), None);
+        }
+        assert_eq!(looked_at(15, &[copy, (4, 0x10, &[10, 1, 1663])]), None, "a logged CREATE DATABASE drops nothing");
+    }
+
+    #[test]
+    fn a_tablespace_that_comes_during_the_backup_voids_it_unless_it_is_in_place() {
+        assert!(looked_at(15, &[(5, 0x00, &[16384, u32::from_le_bytes(*b"/ts\0")])]).is_some());
+        assert_eq!(looked_at(15, &[(5, 0x00, &[16384, 0])]), None);
+        assert_eq!(looked_at(15, &[(5, 0x10, &[16384])]), None);
+    }
 }

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::names::{self, BackupId, ClusterName};
-use super::{BackupType, CorruptPage, Manifest, Repository};
+use super::{BackupType, CorruptPage, Manifest, Repository, TablespaceLocation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{Lsn, TimelineId};
 use crate::store::ObjectName;
@@ -29,6 +29,8 @@ pub struct BackupSummary {
     pub start_time: Timestamp,
     /// When it was consistent.
     pub stop_time: Timestamp,
+    /// How long it took, in milliseconds.
+    pub duration_ms: u64,
     /// Bytes of the cluster's files.
     pub cluster_bytes: u64,
     /// Bytes that the backup added to the repository, metadata included.
@@ -55,6 +57,8 @@ pub struct BackupSummary {
     pub file_count: u64,
     /// Bytes of WAL that the backup holds, among `stored_bytes` when compressed.
     pub wal_bytes: u64,
+    /// The tablespaces but `pg_default` and `pg_global`.
+    pub tablespaces: Vec<TablespaceLocation>,
     /// The user's own words.
     pub note: Option<String>,
 }
@@ -72,6 +76,7 @@ impl BackupSummary {
             timeline: manifest.timeline,
             start_time: manifest.start_time,
             stop_time: manifest.stop_time,
+            duration_ms: manifest.duration_ms,
             cluster_bytes: manifest.cluster_bytes,
             stored_bytes: own.map(|pack| pack.len).sum::<u64>() + manifest_len,
             blocks_changed: manifest.blocks_changed,
@@ -85,6 +90,7 @@ impl BackupSummary {
             offline: manifest.offline,
             file_count: manifest.file_count,
             wal_bytes: manifest.wal_bytes,
+            tablespaces: manifest.tablespaces.clone(),
             note: manifest.note.clone(),
         }
     }
@@ -110,6 +116,8 @@ impl Catalog {
                 Ok((manifest, len)) => good.push((manifest.sequence, BackupSummary::new(&manifest, len))),
                 // Deleted since it was listed: not a backup any more.
                 Err(e) if e.kind() == ErrorKind::Missing => {}
+                // Out of reach is not damaged: nobody shall throw it away for that.
+                Err(e) if e.kind() == ErrorKind::Unavailable => return Err(e),
                 Err(e) => damaged.push((object.name, e)),
             }
         }

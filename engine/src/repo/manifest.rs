@@ -181,6 +181,8 @@ pub struct Manifest {
     pub start_time: Timestamp,
     /// When it was consistent.
     pub stop_time: Timestamp,
+    /// How long it took, in milliseconds.
+    pub duration_ms: u64,
     /// Whether the server was a standby.
     pub from_standby: bool,
     /// Whether the cluster was stopped: then there is no `backup_label`.
@@ -195,6 +197,8 @@ pub struct Manifest {
     pub data_directory_mode: u32,
     /// Owner and group of the data directory.
     pub data_directory_owner: (u32, u32),
+    /// Whether the server's `postgresql.conf` lies outside the data directory.
+    pub config_outside: bool,
     /// Settings from configuration files outside the data directory.
     pub settings: Vec<Setting>,
     /// Bytes of the cluster's files.
@@ -397,6 +401,7 @@ pub(super) mod tests {
             wal: Vec::new(),
             start_time: Timestamp::UNIX_EPOCH,
             stop_time: Timestamp::UNIX_EPOCH,
+            duration_ms: 1500,
             from_standby: false,
             offline: false,
             backup_label: Some(ByteString(b"START WAL LOCATION: 0/2000028\n".to_vec())),
@@ -404,6 +409,7 @@ pub(super) mod tests {
             tablespaces: vec![TablespaceLocation { oid: 16384, location: Some(ByteString(b"/odd\xff".to_vec())) }],
             data_directory_mode: 0o700,
             data_directory_owner: (1, 1),
+            config_outside: false,
             settings: Vec::new(),
             cluster_bytes: 1,
             wal_bytes: 2,

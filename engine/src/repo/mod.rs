@@ -157,6 +157,21 @@ impl Repository {
         &self.place
     }
 
+    /// The clusters that have backups here, in the order of their names.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub fn clusters(&self) -> Result<Vec<ClusterName>> {
+        let objects = self.store.list("clusters/")?;
+        let manifests = objects.iter().filter_map(|object| {
+            let (cluster, rest) = object.name.as_str().strip_prefix("clusters/")?.split_once('/')?;
+            rest.starts_with("manifests/").then(|| cluster.parse().ok()).flatten()
+        });
+        let mut clusters: Vec<ClusterName> = manifests.collect();
+        clusters.dedup();
+        Ok(clusters)
+    }
+
     /// Reads the manifests of a cluster.
     ///
     /// # Errors

@@ -24,7 +24,8 @@ use crate::chunk::{Decoder, Shape};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::repo::{
-    ChunkRef, DataPack, Depth, FileEntry, Layer, Manifest, PART_BLOCKS, PackKind, PackName, PartMap, Repository,
+    ChunkRef, DataPack, Depth, FileEntry, FileKind, Layer, Manifest, PART_BLOCKS, PackKind, PackName, PartMap,
+    Repository,
 };
 use crate::target::{Owner, Target};
 
@@ -126,7 +127,12 @@ impl Writer<'_> {
 
     fn make(&self, file: &TargetFile) -> Result<File> {
         file.made.store(true, Ordering::Relaxed);
-        self.target.make_file(&file.entry.path, file.entry.len, file.owner)
+        let made = self.target.make_file(&file.entry.path, file.entry.len, file.owner)?;
+        if file.entry.kind == FileKind::Wal && file.entry.len > 0 {
+            // PostgreSQL counts on room in its WAL files (wal_init_zero). A file system that cannot promise it does as for the original.
+            let _ = rustix::fs::fallocate(&made, rustix::fs::FallocateFlags::empty(), 0, file.entry.len);
+        }
+        Ok(made)
     }
 
     /// Each part that needs a pack of the window, with its flattened map.
@@ -374,7 +380,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::repo::FileKind;
 
     proptest! {
         #[test]

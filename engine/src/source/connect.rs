@@ -64,7 +64,14 @@ pub(super) struct Connected {
 /// `Unavailable` when nobody answers, `Postgres` when the server refuses, `Conflict` when no server is of the
 /// kind that `target_session_attrs` asks for.
 pub(super) async fn connect(parameters: &ConnectionParameters) -> Result<Connected> {
-    let connector = tls::connector(&parameters.tls)?;
+    // A certificate file that cannot be read is no obstacle where no TLS is spoken.
+    let speaks_tls =
+        |endpoint: &Endpoint| negotiations(&endpoint.address, parameters.tls.mode) != [Negotiation::Disable];
+    let tls = match parameters.endpoints.iter().any(speaks_tls) {
+        true => parameters.tls.clone(),
+        false => tls::TlsParameters::none(),
+    };
+    let connector = tls::connector(&tls)?;
     let passes = match parameters.target_session {
         TargetSession::PreferStandby => vec![TargetSession::Standby, TargetSession::Any],
         other => vec![other],

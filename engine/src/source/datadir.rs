@@ -13,8 +13,8 @@
 //! | files of temporary relations | not |
 //! | files of unlogged relations | the init fork only |
 //! | tablespaces | `pg_tblspc/<oid>`, and below it this cluster's `PG_<major>_<catalog version>` only |
-//! | other symbolic links | as what they point to |
-//! | sockets, FIFOs, devices, dangling links | not; a notice |
+//! | other symbolic links to files, and to directories in `base`, `global` and `pg_*` | as what they point to |
+//! | links to directories elsewhere, sockets, FIFOs, devices, dangling links | not; a notice |
 //!
 //! Names are excluded at any depth because basebackup.c does so. Symbolic links outside `pg_tblspc` are our own
 //! choice: `pg_basebackup` leaves them out with a warning, and a restore would miss what they hold.
@@ -23,9 +23,9 @@
 //! other error ends the backup: a file that cannot be read is not a file that is not there. A tablespace whose link
 //! is there but whose directory is not is an error too, because so looks one whose file system is not mounted.
 //!
-//! **Unlogged relations.** A file is left out only if the relation's init fork exists when the file is looked at;
-//! [`DataDir::is_unlogged_now`] repeats that look when the file is read, since ALTER TABLE ... SET LOGGED may
-//! come in between. In doubt a file is listed: too much is reset by recovery, too little is lost.
+//! **Unlogged relations.** A file is left out only if the relation's init fork exists when the file is looked at. ALTER TABLE
+//! ... SET LOGGED and SET UNLOGGED write a new relation, so that no file becomes the other kind. In doubt a file is listed: too much is
+//! reset by recovery, too little is lost.
 //!
 //! PostgreSQL: src/backend/backup/basebackup.c (up to 14: src/backend/replication/basebackup.c), sendDir,
 //! sendTablespace, excludeDirContents, excludeFiles. A `stats_temp_directory` (up to 14) that is inside the data
@@ -298,21 +298,6 @@ impl DataDir {
     /// Every other failure.
     pub fn open_file(&self, path: &[u8]) -> Result<Option<File>> {
         open_regular(&self.path.join(OsStr::from_bytes(path)))
-    }
-
-    /// Whether the relation is unlogged now, i.e. has an init fork in `directory` (the listed path of the
-    /// directory its files are in).
-    ///
-    /// # Errors
-    ///
-    /// When that cannot be found out.
-    pub fn is_unlogged_now(&self, directory: &[u8], relation: RelFileNumber) -> Result<bool> {
-        let init_fork = self.path.join(OsStr::from_bytes(directory)).join(format!("{relation}_init"));
-        match rustix::fs::lstat(&init_fork) {
-            Ok(_) => Ok(true),
-            Err(Errno::NOENT) => Ok(false),
-            Err(errno) => Err(Error::io("look at", &init_fork, errno.into())),
-        }
     }
 
     /// The tablespaces, ordered by number.
@@ -606,6 +591,11 @@ impl<'a> Walk<'a> {
         ancestors: &mut Vec<Identity>,
     ) -> Result<()> {
         let identity = Identity::of(stat);
+        if is_link && !is_kept_by_postgresql(relative) {
+            // It may lead anywhere: to the repository itself, or to the whole host.
+            self.notice("a symbolic link to a directory, where PostgreSQL keeps nothing", relative);
+            return Ok(());
+        }
         if is_link && (ancestors.contains(&identity) || !self.followed.insert(identity)) {
             self.notice("a symbolic link to a directory that is backed up under another name", relative);
             return Ok(());
@@ -625,6 +615,12 @@ impl<'a> Walk<'a> {
         ancestors.pop();
         result
     }
+}
+
+/// Whether a path is in a directory of PostgreSQL's own: `base`, `global`, or one whose name begins with `pg_`.
+fn is_kept_by_postgresql(relative: &[u8]) -> bool {
+    let first = relative.split(|&byte| byte == b'/').next().unwrap_or_default();
+    matches!(first, b"base" | b"global") || first.starts_with(b"pg_")
 }
 
 /// What kind of names a directory holds.
@@ -945,11 +941,6 @@ mod tests {
         }
         let expected = ["0100", "1001", "1001_fsm", "100_init", "100_init.old"].map(|name| format!("base/1/{name}"));
         assert_eq!(cluster.extra(), expected);
-        let data_dir = cluster.open();
-        assert!(data_dir.is_unlogged_now(b"base/1", RelFileNumber::new(100)).unwrap());
-        fs::remove_file(cluster.path("base/1/100_init")).unwrap();
-        assert!(!data_dir.is_unlogged_now(b"base/1", RelFileNumber::new(100)).unwrap());
-        assert!(!data_dir.is_unlogged_now(b"base/gone", RelFileNumber::new(100)).unwrap());
     }
 
     #[test]
@@ -1045,28 +1036,38 @@ mod tests {
     fn a_symbolic_link_is_listed_as_what_it_leads_to() {
         let cluster = Cluster::of_15();
         let beside = cluster.beside.path();
-        fs::create_dir_all(beside.join("log/deep")).unwrap();
-        fs::write(beside.join("log/deep/today"), "12345").unwrap();
+        fs::create_dir_all(beside.join("pg_own/deep")).unwrap();
+        fs::write(beside.join("pg_own/deep/today"), "12345").unwrap();
         fs::write(beside.join("postgresql.conf"), "x").unwrap();
-        symlink(beside.join("log"), cluster.path("log")).unwrap();
+        symlink(beside.join("pg_own"), cluster.path("pg_own")).unwrap();
         symlink(beside.join("postgresql.conf"), cluster.path("postgresql.conf")).unwrap();
-        assert_eq!(cluster.extra(), ["log/", "log/deep/", "log/deep/today", "postgresql.conf"]);
-        let entry = cluster.list().entries.into_iter().find(|entry| &*entry.path == b"log/deep/today").unwrap();
+        assert_eq!(cluster.extra(), ["pg_own/", "pg_own/deep/", "pg_own/deep/today", "postgresql.conf"]);
+        let entry = cluster.list().entries.into_iter().find(|entry| &*entry.path == b"pg_own/deep/today").unwrap();
         assert_eq!(entry.kind, EntryKind::File { len: 5 });
-        assert!(cluster.open().open_file(b"log/deep/today").unwrap().is_some());
+        assert!(cluster.open().open_file(b"pg_own/deep/today").unwrap().is_some());
     }
 
     #[test]
     fn symbolic_links_in_a_circle_end() {
         let cluster = Cluster::of_15();
-        symlink(cluster.directory.path(), cluster.path("self")).unwrap();
+        symlink(cluster.directory.path(), cluster.path("pg_self")).unwrap();
         symlink("..", cluster.path("base/up")).unwrap();
         symlink("round", cluster.path("round")).unwrap();
         fs::create_dir(cluster.beside.path().join("a")).unwrap();
         symlink(cluster.beside.path(), cluster.beside.path().join("a/back")).unwrap();
-        symlink(cluster.beside.path(), cluster.path("out")).unwrap();
-        assert_eq!(cluster.extra(), ["out/", "out/a/"]);
+        symlink(cluster.beside.path(), cluster.path("pg_out")).unwrap();
+        assert_eq!(cluster.extra(), ["pg_out/", "pg_out/a/"]);
         assert_eq!(cluster.list().notices.len(), 4);
+    }
+
+    #[test]
+    fn a_link_to_a_directory_where_postgresql_keeps_nothing_is_not_followed() {
+        let cluster = Cluster::of_15();
+        fs::write(cluster.beside.path().join("manifest"), "x").unwrap();
+        symlink(cluster.beside.path(), cluster.path("backups")).unwrap();
+        symlink("/", cluster.path("root")).unwrap();
+        assert_eq!(cluster.extra(), Vec::<String>::new());
+        assert_eq!(cluster.list().notices.len(), 2);
     }
 
     #[test]

@@ -143,6 +143,20 @@ impl Session {
         self.feedback.take_notices()
     }
 
+    /// How far a standby has replayed; `None` on a primary.
+    ///
+    /// # Errors
+    ///
+    /// When the server cannot be asked.
+    pub fn replayed(&self) -> Result<Option<Lsn>> {
+        if !self.server.in_recovery {
+            return Ok(None);
+        }
+        let statement = "SELECT pg_catalog.pg_last_wal_replay_lsn()::pg_catalog.text";
+        let row = self.query_one("ask how far WAL is replayed", statement, &[])?;
+        if column::<Option<RawText>>(&row, 0)?.is_some() { lsn(&row, 0).map(Some) } else { Ok(None) }
+    }
+
     /// Sees that the server's WAL can make a backup consistent.
     ///
     /// # Errors

@@ -87,6 +87,23 @@ pub(super) struct TlsParameters {
     pub(super) direct: bool,
 }
 
+impl TlsParameters {
+    /// Of a connection that speaks no TLS: no file is read.
+    pub(super) fn none() -> Self {
+        Self {
+            mode: SslMode::Disable,
+            roots: RootCertificates::None,
+            certificate: None,
+            key: None,
+            certificate_mode: CertificateMode::Disable,
+            only_tls13: false,
+            only_tls12: false,
+            server_name_indication: false,
+            direct: false,
+        }
+    }
+}
+
 /// The connector for these parameters; reads the certificate files.
 ///
 /// # Errors

@@ -5,12 +5,13 @@
 //! changed. An error from any of these steps counts: a failed `fsync` is not tried again, because the kernel forgets the
 //! failure with the first report. A crash leaves at most a temporary file.
 //!
-//! Files are 0600 and directories 0700: a backup holds everything the database does.
+//! Files are 0600 and directories 0700: a backup holds everything the database does. Root gives what it makes to the owner of the store's directory, or
+//! the next backup of that user could not read it.
 
 use std::collections::VecDeque;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{BufRead, ErrorKind as Io, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -26,6 +27,8 @@ const OPEN_FILES: usize = 16;
 #[derive(Debug)]
 pub struct LocalStore {
     root: PathBuf,
+    /// To whom root gives what it makes.
+    owner: Option<Owner>,
     open: Mutex<VecDeque<(ObjectName, Arc<File>)>>,
 }
 
@@ -39,7 +42,9 @@ impl LocalStore {
         if !metadata.is_dir() {
             return Err(Error::invalid(format!("{} is not a directory", root.display())));
         }
-        Ok(Self { root: root.to_owned(), open: Mutex::default() })
+        let is_root = rustix::process::geteuid().is_root();
+        let owner = (is_root && metadata.uid() != 0).then(|| Owner { uid: metadata.uid(), gid: metadata.gid() });
+        Ok(Self { root: root.to_owned(), owner, open: Mutex::default() })
     }
 
     /// The store in a directory that is made if need be, with its parents.
@@ -47,7 +52,7 @@ impl LocalStore {
     /// # Errors
     /// As [`LocalStore::open`], and when the directory cannot be made.
     pub fn create(root: &Path) -> Result<Self> {
-        make_directories(root)?;
+        make_directories(root, None)?;
         Self::open(root)
     }
 
@@ -114,8 +119,8 @@ impl Store for LocalStore {
         if fs::symlink_metadata(&path).is_ok() {
             return Err(Error::new(ErrorKind::Conflict, format!("{} exists already", path.display())));
         }
-        make_directories(directory)?;
-        let temporary = Temporary::create(directory)?;
+        make_directories(directory, self.owner)?;
+        let temporary = Temporary::create(directory, self.owner)?;
         let len = temporary.fill(content)?;
         temporary.rename_to(&path)?;
         sync_directory(directory)?;
@@ -140,6 +145,10 @@ impl Store for LocalStore {
             Err(e) if e.kind() == Io::UnexpectedEof => {
                 let len = file.metadata().map(|metadata| metadata.len()).unwrap_or_default();
                 Err(too_short(name, len, offset, buffer.len()))
+            }
+            // The disk says that these bytes are lost.
+            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()) => {
+                Err(Error::corrupt(name.as_str(), "the object cannot be read from the disk").because(e))
             }
             Err(e) => Err(Error::io("read", &self.path(name), e)),
         }
@@ -188,13 +197,18 @@ struct Temporary {
 }
 
 impl Temporary {
-    fn create(directory: &Path) -> Result<Self> {
+    fn create(directory: &Path, owner: Option<Owner>) -> Result<Self> {
         let mut random = [0; 8];
         getrandom::fill(&mut random).map_err(|e| Error::new(ErrorKind::Unavailable, format!("no randomness: {e}")))?;
         let path = directory.join(format!(".tmp-{:016x}", u64::from_le_bytes(random)));
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
         let file = file.map_err(|e| Error::io("create", &path, e))?;
-        Ok(Self { path, file, named: false })
+        let temporary = Self { path, file, named: false };
+        if let Some(Owner { uid, gid }) = owner {
+            let given = std::os::unix::fs::fchown(&temporary.file, Some(uid), Some(gid));
+            given.map_err(|e| Error::io("give away", &temporary.path, e))?;
+        }
+        Ok(temporary)
     }
 
     /// Writes everything that `content` yields and makes it durable.
@@ -241,8 +255,15 @@ impl Drop for Temporary {
     }
 }
 
+/// A user and a group.
+#[derive(Clone, Copy, Debug)]
+struct Owner {
+    uid: u32,
+    gid: u32,
+}
+
 /// Makes a directory and its parents, 0700, each durable.
-fn make_directories(directory: &Path) -> Result<()> {
+fn make_directories(directory: &Path, owner: Option<Owner>) -> Result<()> {
     if directory.as_os_str().is_empty() || directory.is_dir() {
         return Ok(());
     }
@@ -250,9 +271,15 @@ fn make_directories(directory: &Path) -> Result<()> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    make_directories(parent)?;
+    make_directories(parent, owner)?;
     match DirBuilder::new().mode(0o700).create(directory) {
-        Ok(()) => sync_directory(parent),
+        Ok(()) => {
+            if let Some(Owner { uid, gid }) = owner {
+                std::os::unix::fs::chown(directory, Some(uid), Some(gid))
+                    .map_err(|e| Error::io("give away", directory, e))?;
+            }
+            sync_directory(parent)
+        }
         Err(e) if e.kind() == Io::AlreadyExists => Ok(()),
         Err(e) => Err(Error::io("create", directory, e)),
     }

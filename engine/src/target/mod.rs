@@ -3,15 +3,16 @@
 //! [`Target::check`] looks, without changing anything: every directory must be empty or not there, no server may run on it, and there must
 //! be room. [`Target::create`] makes the root directories. After that every path comes from a manifest, which is not trusted: [`Target::path`]
 //! takes it apart, refuses whatever is not a plain relative path, and leads those of a tablespace to its directory. Nothing can
-//! lead out: the tree is ours from the root on, files are created exclusively and never through a symbolic link, and the links of
-//! `pg_tblspc` are made last.
+//! lead out: the tree is ours alone from the root on, files are created exclusively and never through a symbolic link, and the links of
+//! `pg_tblspc` are made last. Directories get their owners and modes when nothing is written to them any more, the roots last: until then nobody
+//! else can put something in the way, and a directory that its owner may not write to is no obstacle.
 //!
 //! `global/pg_control` gets its name when everything else is durable ([`Target::finish`]): PostgreSQL starts on no directory without it.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{ErrorKind as Io, Write};
+use std::io::{ErrorKind as Io, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Component, Path, PathBuf};
@@ -115,15 +116,19 @@ impl Target {
         Ok(())
     }
 
-    /// Makes the root directories; `owner` is the data directory's.
+    /// Makes the root directories, which only we can enter until [`Target::hand_over_roots`].
     ///
     /// # Errors
     /// When one cannot be made.
-    pub fn create(&self, owner: Owner) -> Result<()> {
+    pub fn create(&self) -> Result<()> {
         for root in self.roots() {
             must_be_free(root)?;
             fs::create_dir_all(root).map_err(|e| Error::io("create", root, e))?;
-            self.own_directory(root, owner)?;
+            if self.give_away {
+                std::os::unix::fs::lchown(root, Some(0), Some(0)).map_err(|e| Error::io("take", root, e))?;
+            }
+            fs::set_permissions(root, Permissions::from_mode(0o700))
+                .map_err(|e| Error::io("set the mode of", root, e))?;
         }
         Ok(())
     }
@@ -159,18 +164,46 @@ impl Target {
         Ok(self.root.join(plain))
     }
 
-    /// Makes a directory at a manifest's path.
+    /// Makes a directory at a manifest's path; [`Target::hand_over`] gives it its owner and mode.
     ///
     /// # Errors
     /// When it cannot be made; a root that is there already is no error.
-    pub fn make_directory(&self, path: &[u8], owner: Owner) -> Result<()> {
+    pub fn make_directory(&self, path: &[u8]) -> Result<()> {
         let path = self.path(path)?;
         match DirBuilder::new().mode(0o700).create(&path) {
-            Ok(()) => {}
-            Err(e) if e.kind() == Io::AlreadyExists && self.roots().any(|root| root == path) => {}
-            Err(e) => return Err(Error::io("create", &path, e)),
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == Io::AlreadyExists && self.roots().any(|root| root == path) => Ok(()),
+            Err(e) => Err(Error::io("create", &path, e)),
         }
-        self.own_directory(&path, owner)
+    }
+
+    /// Gives a directory that was made, and that nothing is written to any more, its owner and mode.
+    ///
+    /// # Errors
+    /// When it cannot be given.
+    pub fn hand_over(&self, path: &[u8], owner: Owner) -> Result<()> {
+        self.own_directory(&self.path(path)?, owner)
+    }
+
+    /// Gives the roots, and a file that its owner may not write to, owner and mode at last.
+    ///
+    /// # Errors
+    /// When they cannot be given.
+    pub fn hand_over_roots(&self, owner: Owner) -> Result<()> {
+        self.roots().try_for_each(|root| self.own_directory(root, owner))
+    }
+
+    /// Sets the mode of a file whose owner may not write to it, which it could while it was restored.
+    ///
+    /// # Errors
+    /// When it cannot be set.
+    pub fn close_file(&self, path: &[u8], owner: Owner) -> Result<()> {
+        if owner.mode & WRITABLE == WRITABLE {
+            return Ok(());
+        }
+        let path = self.path(path)?;
+        let mode = Permissions::from_mode(owner.mode & 0o777);
+        fs::set_permissions(&path, mode).map_err(|e| Error::io("set the mode of", &path, e))
     }
 
     fn own_directory(&self, path: &Path, owner: Owner) -> Result<()> {
@@ -196,7 +229,7 @@ impl Target {
             given.map_err(|e| Error::io("give away", &path, e))?;
         }
         if owner.mode & 0o777 != 0o600 {
-            let mode = Permissions::from_mode(owner.mode & 0o777);
+            let mode = Permissions::from_mode(owner.mode & 0o777 | WRITABLE);
             file.set_permissions(mode).map_err(|e| Error::io("set the mode of", &path, e))?;
         }
         if len > 0 {
@@ -213,6 +246,28 @@ impl Target {
         let path = self.path(path)?;
         let file = OpenOptions::new().write(true).custom_flags(NO_FOLLOW).open(&path);
         file.map_err(|e| Error::io("open", &path, e))
+    }
+
+    /// The bytes of a file that was made, at most `max_len` of them.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn read_file(&self, path: &[u8], max_len: u64) -> Result<Vec<u8>> {
+        let path = self.path(path)?;
+        let mut bytes = Vec::new();
+        let opened = OpenOptions::new().read(true).custom_flags(NO_FOLLOW).open(&path);
+        let read = opened.and_then(|file| file.take(max_len).read_to_end(&mut bytes));
+        read.map(|_| bytes).map_err(|e| Error::io("read", &path, e))
+    }
+
+    /// Gives a file that was made other bytes.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn rewrite_file(&self, path: &[u8], bytes: &[u8]) -> Result<()> {
+        let mut file = self.open_file(path)?;
+        let written = file.set_len(0).and_then(|()| file.write_all(bytes));
+        written.map_err(|e| Error::io("write", &self.root.join(OsStr::from_bytes(path)), e))
     }
 
     /// Makes a file of these bytes.
@@ -291,6 +346,8 @@ impl Roots {
     }
 }
 
+/// What a file's owner needs while it is restored.
+const WRITABLE: u32 = 0o600;
 const NO_FOLLOW: i32 = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
 
 fn sync_directory(directory: &Path) -> Result<()> {

@@ -73,6 +73,12 @@ pub struct WalRecord<'a> {
 }
 
 impl<'a> WalRecord<'a> {
+    /// A record of bytes that nobody checked.
+    #[cfg(test)]
+    pub(crate) fn new_unchecked(lsn: Lsn, bytes: &'a [u8]) -> Self {
+        WalRecord { lsn, end: lsn, bytes }
+    }
+
     /// The record as it was inserted, header included, page headers taken out.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
@@ -92,6 +98,30 @@ impl<'a> WalRecord<'a> {
     /// the low.
     pub fn info(&self) -> u8 {
         self.bytes[16]
+    }
+
+    /// The record's own data, where it refers to no blocks; `None` where it does.
+    ///
+    /// PostgreSQL: `src/backend/access/transam/xlogreader.c`, `DecodeXLogRecord`.
+    pub fn main_data(&self) -> Option<&'a [u8]> {
+        let mut rest = self.bytes.get(RECORD_HEADER_LEN..)?;
+        loop {
+            let (id, after) = rest.split_first()?;
+            rest = match id {
+                // Replication origin, top-level transaction.
+                253 => after.get(2..)?,
+                252 => after.get(4..)?,
+                255 => {
+                    let (len, data) = after.split_first()?;
+                    return data.get(..usize::from(*len));
+                }
+                254 => {
+                    let len = usize::try_from(u32_at(after, 0)?).ok()?;
+                    return after.get(4..)?.get(..len);
+                }
+                _ => return None,
+            };
+        }
     }
 
     fn is_xlog(&self, kind: u8) -> bool {
