@@ -33,6 +33,7 @@ fn perform(request: Request, out: Printer) -> Result<Exit, Failure> {
         Request::Verify { repo, cluster, backup, options } => check(&repo, &cluster, &backup, &options, out),
         Request::Restore { repo, cluster, backup, dry_run: true, options } => {
             let repository = open(&repo)?;
+            other_clusters(&repository, &cluster)?;
             let plan = restore::plan(&repository, &cluster, &backup, &options)?;
             out.plan(&plan.to_string())
         }
@@ -193,6 +194,7 @@ fn bring_back(
     out: Printer,
 ) -> Result<Exit, Failure> {
     let repository = open(repo)?;
+    other_clusters(&repository, cluster)?;
     let bars = Arc::new(Bars::new());
     let target = report::shell_word(&options.target.display().to_string());
     let meaning = move |phase: Option<Phase>| match phase {
