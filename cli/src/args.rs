@@ -206,8 +206,8 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "OLD=NEW", value_parser = parse_tablespace_map)]
     pub tablespace_map: Vec<(PathBuf, PathBuf)>,
 
-    /// Leave archive_mode as it was in the source. Otherwise it is off in the restored cluster, so that a copy never
-    /// writes into the archive of the original.
+    /// Leave archive_mode and the logical replication workers as they were in the source. Otherwise both are off in the
+    /// restored cluster, so that a copy never writes into the archive of the original, nor takes what it subscribes to.
     #[arg(long)]
     pub keep_archive_mode: bool,
 

@@ -1,15 +1,18 @@
 //! Each command: one call of the engine, and what it says about it.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use clap::CommandFactory;
+use engine::progress::Phase;
 use engine::repo::{BackupSummary, Catalog, ClusterName, Repository};
-use engine::{ErrorKind, backup, restore, verify};
+use engine::{Error, ErrorKind, backup, restore, verify};
 
 use crate::args::Cli;
 use crate::config::{Request, Sources};
 use crate::demo;
 use crate::exit_codes::Exit;
+use crate::interrupt;
 use crate::progress::Bars;
 use crate::report::{self, Failure, Printer};
 use crate::units::count;
@@ -30,6 +33,7 @@ fn perform(request: Request, out: Printer) -> Result<Exit, Failure> {
         Request::Verify { repo, cluster, backup, options } => check(&repo, &cluster, &backup, &options, out),
         Request::Restore { repo, cluster, backup, dry_run: true, options } => {
             let repository = open(&repo)?;
+            other_clusters(&repository, &cluster)?;
             let plan = restore::plan(&repository, &cluster, &backup, &options)?;
             out.plan(&plan.to_string())
         }
@@ -46,10 +50,11 @@ fn open(repo: &Path) -> Result<Repository, Failure> {
 }
 
 /// Says so whenever it creates one: a nightly job that keeps `--init` would otherwise pass over a disk that is not
-/// mounted, night after night, into the empty directory under it.
-fn open_or_create(repo: &Path) -> Result<Repository, Failure> {
+/// mounted, night after night, into the empty directory under it. Where no backup can be made, it creates none.
+fn open_or_create(repo: &Path, options: &backup::Options) -> Result<Repository, Failure> {
     match Repository::open(repo) {
         Err(error) if error.kind() == ErrorKind::Missing => {
+            backup::check(options, repo)?;
             let repository = Repository::init(repo)?;
             report::print_notice(&format!("created a repository in {}", repo.display()));
             Ok(repository)
@@ -70,6 +75,7 @@ fn init(repo: &Path, out: Printer) -> Result<Exit, Failure> {
 fn plan_backup(repo: &Path, init: bool, options: &backup::Options, out: Printer) -> Result<Exit, Failure> {
     match Repository::open(repo) {
         Err(error) if init && error.kind() == ErrorKind::Missing => {
+            backup::check(options, repo)?;
             out.plan(&format!("would create a repository in {} and store a full backup in it", repo.display()))
         }
         opened => {
@@ -81,11 +87,10 @@ fn plan_backup(repo: &Path, init: bool, options: &backup::Options, out: Printer)
 }
 
 fn back_up(repo: &Path, init: bool, options: &backup::Options, out: Printer) -> Result<Exit, Failure> {
-    let repository = if init { open_or_create(repo)? } else { open(repo)? };
-    let bars = Bars::new();
-    let done = backup::run(&repository, options, &bars);
-    bars.finish();
-    let done = done?;
+    let repository = if init { open_or_create(repo, options)? } else { open(repo)? };
+    let bars = Arc::new(Bars::new());
+    let meaning = |_| "no backup was made".to_owned();
+    let done = interrupt::explained(&bars, meaning, || backup::run(&repository, options, &*bars))??;
     out.document(&done, || report::backup(&done, repo))?;
     say_what_damage_came_to_light(&done.repository_damage, repo);
     let corrupt = say_what_is_corrupt(&done.backup, "the cluster", repo);
@@ -112,13 +117,42 @@ fn say_what_is_corrupt(backup: &BackupSummary, place: &str, repo: &Path) -> Exit
 }
 
 fn list(repo: &Path, cluster: &ClusterName, out: Printer) -> Result<Exit, Failure> {
-    let catalog = open(repo)?.catalog(cluster).map_err(Failure::opening)?;
-    out.document(&catalog.backups(), || report::list(catalog.backups(), report::terminal_width()))?;
+    let repository = open(repo)?;
+    let others = other_clusters(&repository, cluster)?;
+    let catalog = repository.catalog(cluster).map_err(Failure::opening)?;
+    out.document(&catalog.backups(), || match (catalog.backups(), catalog.damaged()) {
+        ([], [_, ..]) => "no backup can be read\n".to_owned(),
+        (backups, _) => report::list(backups, report::terminal_width()),
+    })?;
+    say_what_other_clusters_there_are(&others);
     Ok(say_what_is_damaged(&catalog))
 }
 
+/// The names of the repository's other clusters.
+///
+/// # Errors
+/// `Missing` where there are others only: a name that is mistyped must not look like a cluster without backups.
+fn other_clusters(repository: &Repository, cluster: &ClusterName) -> Result<Vec<String>, Failure> {
+    let clusters = repository.clusters().map_err(Failure::opening)?;
+    let others: Vec<String> = clusters.iter().filter(|name| *name != cluster).map(ToString::to_string).collect();
+    if others.is_empty() || others.len() < clusters.len() {
+        return Ok(others);
+    }
+    let what = format!("the repository has no cluster {:?}", cluster.to_string());
+    let hint = format!("it has {}; say which with --cluster", others.join(", "));
+    Err(Error::new(ErrorKind::Missing, what).at(repository.place()).hint(hint).into())
+}
+
+fn say_what_other_clusters_there_are(others: &[String]) {
+    if !others.is_empty() {
+        report::print_notice(&format!("the repository has other clusters, too (--cluster): {}", others.join(", ")));
+    }
+}
+
 fn show(repo: &Path, cluster: &ClusterName, backup: &str, out: Printer) -> Result<Exit, Failure> {
-    let catalog = open(repo)?.catalog(cluster).map_err(Failure::opening)?;
+    let repository = open(repo)?;
+    other_clusters(&repository, cluster)?;
+    let catalog = repository.catalog(cluster).map_err(Failure::opening)?;
     let backup = catalog.select(backup)?;
     out.document(&backup, || report::details(&backup))?;
     Ok(say_what_is_damaged(&catalog))
@@ -141,11 +175,13 @@ fn check(
     out: Printer,
 ) -> Result<Exit, Failure> {
     let repository = open(repo)?;
+    let others = other_clusters(&repository, cluster)?;
     let bars = Bars::new();
     let done = verify::run(&repository, cluster, backup, options, &bars);
     bars.finish();
     let done = done?;
     out.document(&done, || report::verify(&done, options.quick))?;
+    say_what_other_clusters_there_are(&others);
     let damaged = !done.damage.is_empty() || done.backups.iter().any(|backup| !backup.ok);
     if damaged {
         report::print_error("done, but damage was found", None);
@@ -161,10 +197,16 @@ fn bring_back(
     out: Printer,
 ) -> Result<Exit, Failure> {
     let repository = open(repo)?;
-    let bars = Bars::new();
-    let done = restore::run(&repository, cluster, backup, options, &bars);
-    bars.finish();
-    let done = done?;
+    other_clusters(&repository, cluster)?;
+    let bars = Arc::new(Bars::new());
+    let target = report::shell_word(&options.target.display().to_string());
+    let meaning = move |phase: Option<Phase>| match phase {
+        // The target may be somebody's data that would have been refused.
+        None => "no file was restored".to_owned(),
+        Some(_) => format!("{target} is incomplete; delete it before restoring again"),
+    };
+    let run = || restore::run(&repository, cluster, backup, options, &*bars);
+    let done = interrupt::explained(&bars, meaning, run)??;
     out.document(&done, || report::restore(&done))?;
     Ok(say_what_is_corrupt(&done.backup, "the restored cluster", repo))
 }

@@ -5,6 +5,7 @@ mod commands;
 mod config;
 mod demo;
 mod exit_codes;
+mod interrupt;
 mod progress;
 mod report;
 mod units;

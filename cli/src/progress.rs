@@ -3,7 +3,7 @@
 //! Notices are printed in any case: they are part of what a cron mail must say.
 
 use std::io::IsTerminal;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use engine::progress::{Phase, Progress};
@@ -18,36 +18,72 @@ const TICK: Duration = Duration::from_millis(125);
 /// One bar, for the stage that runs now.
 pub struct Bars {
     visible: bool,
-    now: Mutex<ProgressBar>,
+    now: Mutex<Stage>,
+}
+
+/// How far a run is.
+pub struct Stage {
+    bar: ProgressBar,
+    phase: Option<Phase>,
+    is_over: bool,
+}
+
+impl Stage {
+    /// The stage that runs now; none before the first begins.
+    pub fn phase(&self) -> Option<Phase> {
+        self.phase
+    }
+
+    /// Whether the run has ended.
+    pub fn is_over(&self) -> bool {
+        self.is_over
+    }
 }
 
 impl Bars {
     /// Nothing is drawn before the first stage begins.
     pub fn new() -> Self {
-        Self { visible: std::io::stderr().is_terminal(), now: Mutex::new(ProgressBar::hidden()) }
+        Self::drawn(std::io::stderr().is_terminal())
     }
 
-    /// Takes the bar off the screen, so that the report has it to itself.
+    fn drawn(visible: bool) -> Self {
+        Self { visible, now: Mutex::new(Stage { bar: ProgressBar::hidden(), phase: None, is_over: false }) }
+    }
+
+    /// Takes the bar off the screen, so that the report has it to itself: the run is over.
     pub fn finish(&self) {
-        self.bar().finish_and_clear();
+        let mut now = self.now();
+        now.bar.finish_and_clear();
+        now.is_over = true;
+    }
+
+    /// Takes the bar off the screen and says how far the run is. Nobody draws while the answer lives.
+    pub fn halt(&self) -> MutexGuard<'_, Stage> {
+        let now = self.now();
+        now.bar.finish_and_clear();
+        now
+    }
+
+    fn now(&self) -> MutexGuard<'_, Stage> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn bar(&self) -> ProgressBar {
-        self.now.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.now().bar.clone()
     }
 }
 
 impl Progress for Bars {
     fn begin(&self, phase: Phase, total_bytes: u64) {
-        self.finish();
-        if !self.visible {
-            return;
+        let mut now = self.now();
+        now.bar.finish_and_clear();
+        now.phase = Some(phase);
+        if self.visible {
+            now.bar = ProgressBar::with_draw_target(Some(total_bytes), ProgressDrawTarget::stderr());
+            now.bar.set_style(style(phase, total_bytes));
+            now.bar.set_message(label(phase));
+            now.bar.enable_steady_tick(TICK);
         }
-        let bar = ProgressBar::with_draw_target(Some(total_bytes), ProgressDrawTarget::stderr());
-        bar.set_style(style(phase, total_bytes));
-        bar.set_message(label(phase));
-        bar.enable_steady_tick(TICK);
-        *self.now.lock().unwrap_or_else(PoisonError::into_inner) = bar;
     }
 
     fn advance(&self, bytes: u64) {
@@ -93,9 +129,11 @@ mod tests {
 
     #[test]
     fn nothing_is_drawn_where_there_is_no_terminal() {
-        let bars = Bars { visible: false, now: Mutex::new(ProgressBar::hidden()) };
+        let bars = Bars::drawn(false);
         bars.begin(Phase::Copying, 100);
         bars.advance(60);
         assert!(bars.bar().is_hidden());
+        let stage = bars.halt();
+        assert_eq!((stage.phase(), stage.is_over()), (Some(Phase::Copying), false));
     }
 }

@@ -101,7 +101,12 @@ pub fn print_error(text: &str, hint: Option<&str>) {
 
 /// Something to read that is no error, on standard error.
 pub fn print_notice(text: &str) {
-    let _ = writeln!(std::io::stderr(), "note: {}", redact(text));
+    print_line(&format!("note: {}", redact(text)));
+}
+
+/// A line of its own on standard error.
+pub fn print_line(text: &str) {
+    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
 }
 
 #[derive(Serialize)]
@@ -361,7 +366,7 @@ fn short_id(id: &BackupId) -> String {
 }
 
 fn elapsed(backup: &BackupSummary) -> Duration {
-    backup.stop_time.duration_since(backup.start_time).try_into().unwrap_or_default()
+    Duration::from_millis(backup.duration_ms)
 }
 
 /// What is unusual about a backup, and its note.
@@ -400,6 +405,7 @@ pub fn details(backup: &BackupSummary) -> String {
         ("stored", format!("{} ({} bytes) added by this backup", size(backup.stored_bytes), backup.stored_bytes)),
         ("changed", count(backup.blocks_changed, "block")),
         ("detector", format!("{}: {}", backup.detector, backup.detector_reason)),
+        ("tablespaces", tablespaces(backup)),
         ("flags", if flags.is_empty() { "none".to_owned() } else { flags }),
         ("note", backup.note.as_deref().map_or("none".to_owned(), |note| note.escape_debug().to_string())),
     ];
@@ -408,6 +414,18 @@ pub fn details(backup: &BackupSummary) -> String {
         let _ = writeln!(text, "{name:<13} {value}");
     }
     text + &corrupt_pages(backup)
+}
+
+/// Each with its OID and its directory, as `restore --tablespace-map` wants it.
+fn tablespaces(backup: &BackupSummary) -> String {
+    let one = |tablespace: &engine::repo::TablespaceLocation| match &tablespace.location {
+        Some(location) => format!("{} in {}", tablespace.oid, String::from_utf8_lossy(&location.0).escape_debug()),
+        None => format!("{} in the data directory", tablespace.oid),
+    };
+    match &backup.tablespaces[..] {
+        [] => "none".to_owned(),
+        tablespaces => tablespaces.iter().map(one).collect::<Vec<_>>().join(", "),
+    }
 }
 
 fn corrupt_pages(backup: &BackupSummary) -> String {
@@ -508,7 +526,7 @@ fn some_of(names: &[String]) -> String {
 mod tests {
     use engine::backup;
     use engine::pg::{Lsn, TimelineId};
-    use engine::repo::{BackupType, CorruptPage};
+    use engine::repo::{BackupType, ByteString, CorruptPage, TablespaceLocation};
     use serde_json::Value;
 
     use super::*;
@@ -523,7 +541,7 @@ mod tests {
             timeline: TimelineId::new(1),
             start_time: "2026-11-21T01:05:02Z".parse().unwrap(),
             stop_time: "2026-11-21T01:09:09Z".parse().unwrap(),
-            duration_ms: 72_000,
+            duration_ms: 247_000,
             tablespaces: Vec::new(),
             cluster_bytes: 123 << 30,
             stored_bytes: 31 << 30,
@@ -556,7 +574,12 @@ mod tests {
             backup_type: BackupType::Incremental,
             parent: Some(full().id),
             start_time: "2026-11-22T01:05:00Z".parse().unwrap(),
-            stop_time: "2026-11-22T01:05:21.500Z".parse().unwrap(),
+            stop_time: "2026-11-22T01:05:21Z".parse().unwrap(),
+            duration_ms: 21_500,
+            tablespaces: vec![
+                TablespaceLocation { oid: 16_500, location: Some(ByteString(b"/fast/ts1".to_vec())) },
+                TablespaceLocation { oid: 16_501, location: None },
+            ],
             stored_bytes: 212 << 20,
             blocks_changed: 98_304,
             corrupt_pages: vec![corrupt],
@@ -600,7 +623,7 @@ mod tests {
         let widest = BackupSummary {
             backup_type: BackupType::SyntheticFull,
             parent: Some(full().id),
-            stop_time: "2026-11-22T11:59:21Z".parse().unwrap(),
+            duration_ms: 39_259_000,
             cluster_bytes: 1022 << 40,
             stored_bytes: 1022 << 40,
             blocks_changed: 99_999_999,
@@ -647,6 +670,7 @@ mod tests {
                 "stored        212 MiB (222298112 bytes) added by this backup",
                 "changed       98304 blocks",
                 "detector      scan: there is no earlier backup of this cluster",
+                "tablespaces   16500 in /fast/ts1, 16501 in the data directory",
                 "flags         from a standby, 1 CORRUPT PAGE",
                 r"note          before\nthe upgrade",
                 "1 corrupt page in the source:",

@@ -95,6 +95,34 @@ fn a_repository_that_cannot_be_opened_is_exit_code_five() {
 }
 
 #[test]
+fn a_first_backup_that_is_impossible_leaves_no_repository() {
+    let dir = tempfile::tempdir().unwrap();
+    let repo = dir.path().join("repo");
+    for flags in ["", "--dry-run"] {
+        let output = pgstrata(&format!("backup --init {flags} --offline --repo {} -D /nonexistent", repo.display()));
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+        assert!(!repo.exists(), "{flags}");
+    }
+}
+
+#[test]
+fn a_cluster_that_only_others_are_beside_is_an_error_that_names_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let on = |command: &str| pgstrata(&format!("{command} --repo {}/repo", dir.path().display()));
+    assert_eq!(on("init").status.code(), Some(0));
+    assert_eq!(on("list --cluster mian").status.code(), Some(0), "an empty repository lists as empty");
+    let manifests = dir.path().join("repo/clusters/shop/manifests");
+    std::fs::create_dir_all(&manifests).unwrap();
+    std::fs::write(manifests.join("20261121T010502Z-1a2b3c4d"), "damaged").unwrap();
+    for command in ["list", "list latest", "verify"] {
+        let output = on(command);
+        assert_eq!(output.status.code(), Some(1), "{command}");
+        assert!(text(&output.stderr).contains("it has shop"), "{command}: {}", text(&output.stderr));
+    }
+    assert_eq!(on("list --cluster shop").status.code(), Some(5), "its only manifest is damaged");
+}
+
+#[test]
 fn help_and_version_are_no_failures() {
     for line in ["--help", "--version", "backup --help", "info --help"] {
         let output = pgstrata(line);
