@@ -405,19 +405,9 @@ impl Plan<'_> {
         if parent.block_size != self.control.block_size.as_u32() {
             return Ok(Some(format!("its blocks have {} bytes", parent.block_size)));
         }
-        let present = self.repo.packs(&self.options.cluster)?;
-        for PackInfo { name, len } in &parent.packs {
-            let object = name.object(&self.options.cluster)?;
-            let problem = match present.get(&object) {
-                None => "is missing".to_owned(),
-                Some(found) if found != len => format!("has {found} bytes instead of {len}"),
-                Some(_) => continue,
-            };
-            let why = format!("{object} {problem}");
-            self.repository_damage.push(why.clone());
-            return Ok(Some(why));
-        }
-        Ok(None)
+        let fault = self.repo.unsound_pack(parent)?.map(|(object, fault)| format!("{object}: {fault}"));
+        self.repository_damage.extend(fault.clone());
+        Ok(fault)
     }
 }
 

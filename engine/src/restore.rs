@@ -40,7 +40,7 @@ use crate::pg::{
     MajorVersion, PgFileChecksum, PgManifestFile, PgManifestWriter, TablespaceMap, TablespaceOid, WalRange,
 };
 use crate::progress::{Phase, Progress};
-use crate::repo::{BackupSummary, ClusterName, FileEntry, FileKind, Manifest, PackInfo, Repository, read_page};
+use crate::repo::{BackupSummary, ClusterName, FileEntry, FileKind, Manifest, Repository, read_page};
 use crate::source::PostmasterPid;
 use crate::target::{Owner, Target, resolve};
 
@@ -199,18 +199,9 @@ pub fn run(
 }
 
 fn packs_must_be_there(repo: &Repository, manifest: &Manifest) -> Result<()> {
-    let present = repo.packs(&manifest.cluster)?;
-    for PackInfo { name, len } in &manifest.packs {
-        let object = name.object(&manifest.cluster)?;
-        let problem = match present.get(&object) {
-            Some(found) if found == len => continue,
-            Some(found) => format!("has {found} bytes instead of {len}"),
-            None => "is missing".to_owned(),
-        };
-        let hint = "`pgstrata verify` tells which backups are whole; restore one of them";
-        return Err(Error::corrupt(object.as_str(), format!("a pack of this backup {problem}")).hint(hint));
-    }
-    Ok(())
+    let Some((object, fault)) = repo.unsound_pack(manifest)? else { return Ok(()) };
+    let hint = "`pgstrata verify` tells which backups are whole; restore one of them";
+    Err(Error::corrupt(object.as_str(), fault).hint(hint))
 }
 
 /// A target in the repository would be lost with it, and the other way round.

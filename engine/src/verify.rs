@@ -26,7 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::progress::{Phase, Progress};
 use crate::repo::{
     BackupSummary, ChunkRef, ClusterName, DataPack, Depth, FileEntry, Layer, LayerPlace, Manifest, PackInfo, PackKind,
-    PackName, Repository, check_pack, read_page,
+    PackName, Repository, check_pack, pack_fault, read_page,
 };
 
 /// Files named for each damaged object at most.
@@ -219,11 +219,7 @@ impl<'r> Verifier<'r> {
         let present = self.repo.packs(&self.cluster)?;
         for (name, (len, users)) in &self.packs {
             let object = name.object(&self.cluster)?;
-            let problem = match present.get(&object) {
-                Some(found) if found == len => continue,
-                Some(found) => format!("the pack has {found} bytes instead of {len}"),
-                None => "the pack is missing".to_owned(),
-            };
+            let Some(problem) = pack_fault(&present, &object, *len) else { continue };
             self.found(object.as_str(), problem, users, &[]);
             self.absent.insert(*name);
         }

@@ -7,6 +7,7 @@ mod names;
 mod pack;
 mod table;
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::Read;
 use std::path::Path;
@@ -215,9 +216,24 @@ impl Repository {
     ///
     /// # Errors
     /// When the store cannot list.
-    pub fn packs(&self, cluster: &ClusterName) -> Result<std::collections::HashMap<ObjectName, u64>> {
+    pub fn packs(&self, cluster: &ClusterName) -> Result<HashMap<ObjectName, u64>> {
         let objects = self.store.list(&names::packs(cluster))?;
         Ok(objects.into_iter().map(|object| (object.name, object.len)).collect())
+    }
+
+    /// The first pack of a backup that is not there, or not of the right length, and what is wrong with it.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub fn unsound_pack(&self, manifest: &Manifest) -> Result<Option<(ObjectName, String)>> {
+        let present = self.packs(&manifest.cluster)?;
+        for PackInfo { name, len } in &manifest.packs {
+            let object = name.object(&manifest.cluster)?;
+            if let Some(fault) = pack_fault(&present, &object, *len) {
+                return Ok(Some((object, fault)));
+            }
+        }
+        Ok(None)
     }
 
     /// Flattens the block map of a part into one complete layer.
@@ -253,6 +269,15 @@ impl Repository {
             fingerprints = decode_fingerprints(&body, locations.stored_blocks(), &at)?;
         }
         Ok(Layer { locations, fingerprints })
+    }
+}
+
+/// What is wrong with a pack that shall have `len` bytes, as far as a listing tells.
+pub(crate) fn pack_fault(present: &HashMap<ObjectName, u64>, object: &ObjectName, len: u64) -> Option<String> {
+    match present.get(object) {
+        Some(found) if *found == len => None,
+        Some(found) => Some(format!("the pack has {found} bytes instead of {len}")),
+        None => Some("the pack is missing".to_owned()),
     }
 }
 
