@@ -10,6 +10,7 @@ use crate::support::{Lab, Run, assert_same_dump, dump, for_majors, judge_running
 
 for_majors!(databases_and_tablespaces_that_move_meanwhile: moves_on_13 = 13, moves_on_15 = 15, moves_on_18 = 18);
 for_majors!(settings_that_change_meanwhile: settings_on_15 = 15, settings_on_18 = 18);
+for_majors!(what_a_standby_replayed_meanwhile: standby_on_15 = 15, standby_on_18 = 18);
 for_majors!(a_stopped_cluster_that_is_started_meanwhile: started_on_15 = 15);
 
 /// 25 MB to read at 8 MB a second: time for things to happen.
@@ -124,4 +125,25 @@ fn a_stopped_cluster_that_is_started_meanwhile(lab: &Lab) {
     });
     run.refuses(1, &["changed"]);
     assert_eq!(lab.list().len(), 0);
+}
+
+/// `pg_backup_stop` on a standby names the point that must be replayed, which may lie long before what was replayed: with nothing
+/// written out, before the backup.
+fn what_a_standby_replayed_meanwhile(lab: &Lab) {
+    let primary = lab.cluster(&ClusterOptions::default());
+    fill(&primary);
+    primary.sql("postgres", "CREATE TABLE seen (i int)").unwrap();
+    let mut standby = primary.make_standby().unwrap();
+    standby.add_conf(&["bgwriter_lru_maxpages = 0".to_owned()]).unwrap();
+    standby.restart(StopMode::Fast).unwrap();
+    let count = |cluster: &Cluster| cluster.query_value("postgres", "SELECT count(*) FROM seen").unwrap();
+    let run = back_up_while(lab, &standby, || {
+        primary.sql("postgres", "INSERT INTO seen SELECT generate_series(1, 700)").unwrap();
+        poll(|| count(&standby) == "700");
+    });
+    let report = run.json(0);
+    let mut restored = lab.restore(text(&report, "id"), "restored", &[]);
+    restored.start().unwrap();
+    assert_eq!(count(&restored), "700");
+    judge_running(&mut restored);
 }

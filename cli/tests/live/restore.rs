@@ -1,6 +1,8 @@
 //! What a restore refuses, and what it does not let a restored copy inherit.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use testdata::cluster::{ClusterOptions, StopMode};
 
@@ -8,6 +10,7 @@ use crate::support::{Lab, dump, for_majors, judge, judge_running, text, tree};
 
 for_majors!(nothing_hostile_is_inherited: hostile_on_13 = 13, hostile_on_15 = 15, hostile_on_18 = 18);
 for_majors!(wal_in_another_place_comes_back_into_the_directory: linked_wal_on_15 = 15, linked_wal_on_18 = 18);
+for_majors!(what_its_owner_may_not_write_to_comes_back: modes_on_15 = 15);
 for_majors!(a_restore_refuses_what_would_do_harm: refusals_on_15 = 15, refusals_on_18 = 18);
 
 /// The source carries the settings of a cluster that was itself restored to a point in time, follows another server,
@@ -107,4 +110,36 @@ fn wal_in_another_place_comes_back_into_the_directory(lab: &Lab) {
     assert!(!restored.data_dir().join("pg_wal").is_symlink(), "the restored copy shares its source's WAL");
     judge(restored, &expected, &[]);
     assert!(tree(&outside) == before);
+}
+
+/// A directory and a file without write permission, the file in two backups and larger than what is written at once.
+fn what_its_owner_may_not_write_to_comes_back(lab: &Lab) {
+    let source = lab.cluster(&ClusterOptions::default());
+    let closed = source.data_dir().join("closed");
+    let file = closed.join("key");
+    let lock = |path: &Path, mode: u32| {
+        lab.user.own(path).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    fs::create_dir(&closed).unwrap();
+    let mut content: Vec<u8> = (0..600_000_u32).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    fs::write(&file, &content).unwrap();
+    lock(&file, 0o400);
+    lock(&closed, 0o500);
+    lab.backup(&source, &[]);
+    content[1_000_000] ^= 1;
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).unwrap();
+    fs::remove_file(&file).unwrap();
+    fs::write(&file, &content).unwrap();
+    lock(&file, 0o400);
+    lock(&closed, 0o500);
+    let report = lab.backup(&source, &[]);
+    let restored = lab.restore(text(&report, "id"), "restored", &[]);
+    let mode = |path: &str| fs::metadata(restored.data_dir().join(path)).unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode("closed"), mode("closed/key")), (0o500, 0o400));
+    assert!(fs::read(restored.data_dir().join("closed/key")).unwrap() == content);
+    for directory in [&closed, &restored.data_dir().join("closed")] {
+        // Else nobody but root could remove the test's directory.
+        fs::set_permissions(directory, fs::Permissions::from_mode(0o700)).unwrap();
+    }
 }
