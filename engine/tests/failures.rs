@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use pgstrata_engine::backup::{self, Options};
 use pgstrata_engine::error::{Error, ErrorKind, Result};
 use pgstrata_engine::progress::Silent;
-use pgstrata_engine::repo::{ClusterName, Repository};
+use pgstrata_engine::repo::{BackupType, ClusterName, Repository};
 use pgstrata_engine::store::{MemoryStore, ObjectInfo, ObjectName, Store};
 use pgstrata_engine::verify;
 use testdata::synthetic::{self, SyntheticCluster};
@@ -80,4 +80,36 @@ fn a_backup_that_fails_leaves_the_repository_as_it_was() {
     assert_eq!((second.parent, second.blocks_changed > 0), (Some(first.id), true));
     let report = verify::run(&repo, &ClusterName::default(), "all", &verify::Options::default(), &Silent).unwrap();
     assert_eq!(report.damage, []);
+}
+
+#[test]
+fn a_damaged_parent_is_not_inherited_from_but_replaced_by_a_full_backup() {
+    for damage in [|bytes: Vec<u8>| Some(flipped(bytes)), |bytes: Vec<u8>| Some(bytes[1..].to_vec()), |_| None] {
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = scratch.path().join("cluster");
+        cluster(&directory);
+        let store = MemoryStore::new();
+        let repo = Repository::init_in(Arc::new(store.clone()), scratch.path().display().to_string()).unwrap();
+        let options = Options { data_dir: Some(directory), offline: true, ..Options::default() };
+        let first = backup::run(&repo, &options, &Silent).unwrap().backup;
+        let is_map = |object: &&ObjectInfo| object.name.as_str().ends_with(".map");
+        let objects = store.list("").unwrap();
+        let map = objects.iter().find(is_map).unwrap();
+        store.tamper(&map.name, damage(store.get(&map.name, map.len).unwrap()));
+        let named = Options { parent: backup::ParentChoice::Named(first.id.to_string()), ..options.clone() };
+        assert_eq!(backup::run(&repo, &named, &Silent).unwrap_err().kind(), ErrorKind::Corrupt);
+        let report = backup::run(&repo, &options, &Silent).unwrap();
+        assert_eq!(report.backup.backup_type, BackupType::Full);
+        assert_eq!(report.repository_damage.len(), 1);
+        let second = report.backup.id.to_string();
+        let verified = verify::run(&repo, &ClusterName::default(), &second, &verify::Options::default(), &Silent);
+        assert_eq!(verified.unwrap().damage, []);
+    }
+}
+
+/// Every record of a map pack damaged, its frame not.
+fn flipped(mut bytes: Vec<u8>) -> Vec<u8> {
+    let records = 16..bytes.len() / 2;
+    bytes[records].iter_mut().for_each(|byte| *byte ^= 0x55);
+    bytes
 }
