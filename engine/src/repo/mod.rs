@@ -132,17 +132,6 @@ impl Repository {
         Ok(Self { store, id: header.id, place })
     }
 
-    /// Opens the repository in a directory, or makes it if there is none.
-    ///
-    /// # Errors
-    /// As [`Repository::open`] and [`Repository::init`].
-    pub fn open_or_init(path: &Path) -> Result<Self> {
-        match Self::open(path) {
-            Err(e) if e.kind() == ErrorKind::Missing => Self::init(path),
-            opened => opened,
-        }
-    }
-
     /// Where the objects are.
     pub fn store(&self) -> &Arc<dyn Store> {
         &self.store
@@ -336,8 +325,8 @@ mod tests {
     fn a_repository_is_made_once() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a/b");
-        let made = Repository::open_or_init(&path).unwrap();
-        assert_eq!(Repository::open_or_init(&path).unwrap().id(), made.id());
+        let made = Repository::init(&path).unwrap();
+        assert_eq!(Repository::open(&path).unwrap().id(), made.id());
         assert_eq!(Repository::init(&path).unwrap_err().kind(), ErrorKind::Conflict);
     }
 
