@@ -31,7 +31,7 @@ impl Exit {
     pub fn of(error: &Error) -> Self {
         match error.kind() {
             ErrorKind::Corrupt => Self::Repository,
-            ErrorKind::Conflict if speaks_of_a_lock(error) => Self::Locked,
+            ErrorKind::Locked => Self::Locked,
             _ => Self::Failed,
         }
     }
@@ -56,12 +56,6 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// A conflict is either a lock that another run holds or a thing that exists already; the engine's sentence for the
-/// first has the word "lock" or "locked" in it.
-fn speaks_of_a_lock(error: &Error) -> bool {
-    error.what().split(|c: char| !c.is_alphanumeric()).any(|word| word.starts_with("lock"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -70,17 +64,11 @@ mod tests {
     fn every_kind_of_error_has_its_exit_code() {
         use ErrorKind::*;
         let of = |kind| Exit::of(&Error::new(kind, "block 7 exists already"));
-        let exits = [Unavailable, Corrupt, Missing, Conflict, Invalid, Unsupported, Postgres, Bug].map(of);
+        let exits = [Unavailable, Corrupt, Missing, Conflict, Locked, Invalid, Unsupported, Postgres, Bug].map(of);
         let failed = Exit::Failed;
-        assert_eq!(exits, [failed, Exit::Repository, failed, failed, failed, failed, failed, failed]);
-    }
-
-    #[test]
-    fn a_conflict_over_a_lock_is_told_apart_from_what_exists_already() {
-        let locked = Error::new(ErrorKind::Conflict, "the repository is locked by process 12");
-        assert_eq!(Exit::of(&locked), Exit::Locked);
-        let exists = Error::new(ErrorKind::Conflict, "there is a repository already");
-        assert_eq!(Exit::of(&exists), Exit::Failed);
+        let expected =
+            [failed, Exit::Repository, failed, failed, Exit::Locked, failed, failed, failed, failed];
+        assert_eq!(exits, expected);
     }
 
     #[test]
@@ -89,6 +77,6 @@ mod tests {
         for kind in [Unavailable, Corrupt, Missing, Conflict, Invalid, Unsupported] {
             assert_eq!(Exit::of_opening(&Error::new(kind, "no")), Exit::Repository, "{kind:?}");
         }
-        assert_eq!(Exit::of_opening(&Error::new(Conflict, "locked by process 12")), Exit::Locked);
+        assert_eq!(Exit::of_opening(&Error::new(Locked, "locked by process 12")), Exit::Locked);
     }
 }

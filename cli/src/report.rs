@@ -160,6 +160,7 @@ fn kind_name(kind: ErrorKind) -> &'static str {
         ErrorKind::Corrupt => "corrupt",
         ErrorKind::Missing => "missing",
         ErrorKind::Conflict => "conflict",
+        ErrorKind::Locked => "locked",
         ErrorKind::Invalid => "invalid",
         ErrorKind::Unsupported => "unsupported",
         ErrorKind::Postgres => "postgres",
@@ -557,6 +558,8 @@ mod tests {
             file_count: 1040,
             wal_bytes: 16 << 20,
             note: None,
+            merged_from: None,
+            pinned: false,
         }
     }
 

@@ -762,6 +762,7 @@ impl<'r, 'p> Run<'r, 'p> {
             sequence: 0,
             backup_type: self.plan.backup_type,
             parent: self.plan.parent.as_ref().map(|parent| parent.id),
+            merged_from: None,
             system_identifier: control.system_identifier.to_string(),
             postgres_version,
             postgres_major: control.major_version().as_u32(),

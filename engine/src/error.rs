@@ -17,8 +17,10 @@ pub enum ErrorKind {
     Corrupt,
     /// Something that was named does not exist.
     Missing,
-    /// Somebody else holds it, or it exists already.
+    /// It exists already, or belongs to something else.
     Conflict,
+    /// Another run holds the lock; try again when it is done.
+    Locked,
     /// The request is wrong: an argument, a directory, a setting.
     Invalid,
     /// A version, format or feature that this program does not handle.

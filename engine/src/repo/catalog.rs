@@ -61,6 +61,10 @@ pub struct BackupSummary {
     pub tablespaces: Vec<TablespaceLocation>,
     /// The user's own words.
     pub note: Option<String>,
+    /// The backup that a synthetic one was made from.
+    pub merged_from: Option<BackupId>,
+    /// Whether it stays whatever the policy of `expire` says.
+    pub pinned: bool,
 }
 
 impl BackupSummary {
@@ -92,6 +96,8 @@ impl BackupSummary {
             wal_bytes: manifest.wal_bytes,
             tablespaces: manifest.tablespaces.clone(),
             note: manifest.note.clone(),
+            merged_from: manifest.merged_from,
+            pinned: false,
         }
     }
 }

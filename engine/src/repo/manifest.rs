@@ -153,6 +153,8 @@ pub struct Manifest {
     pub backup_type: BackupType,
     /// The backup that it was compared with. Provenance only.
     pub parent: Option<BackupId>,
+    /// The backup that a synthetic one was made from. Provenance only.
+    pub merged_from: Option<BackupId>,
     /// The cluster's identity, decimal.
     pub system_identifier: String,
     /// PostgreSQL's version, as it says it.
@@ -387,6 +389,7 @@ pub(super) mod tests {
             sequence,
             backup_type: BackupType::Full,
             parent: None,
+            merged_from: None,
             system_identifier: "7000000000000000001".to_owned(),
             postgres_version: "18.1".to_owned(),
             postgres_major: 18,
