@@ -48,8 +48,8 @@ use crate::pg::{BackupLabel, ClusterState, ControlFile, Lsn, RelationFile, Timel
 use crate::progress::{Phase, Progress};
 use crate::repo::{
     BackupId, BackupSummary, BackupType, ByteString, Catalog, ClusterName, CorruptPage, FORMAT_VERSION, FileEntry,
-    FileKind, Manifest, PackInfo, PackKind, PackName, Packer, PagePlace, Repository, Setting, TableWriter,
-    TablespaceLocation, WalSpan, read_page,
+    FileKind, Lease, LeaseRequest, Manifest, Operation, PackInfo, PackKind, PackName, Packer, PagePlace, Repository,
+    Setting, TableWriter, TablespaceLocation, WalSpan, read_page,
 };
 use crate::source::{DataDir, Entry, EntryKind, Environment, FileSetting, Listing, Session, Tablespace};
 
@@ -208,13 +208,11 @@ pub fn run(repo: &Repository, options: &Options, progress: &dyn Progress) -> Res
     let mut options = options.clone();
     let mut repository_damage = Vec::new();
     for attempts_left in (0..ATTEMPTS).rev() {
-        let plan = plan(repo, &options)?;
-        for notice in &plan.notices {
+        let run = Run::begin(repo, &options, progress)?;
+        for notice in &run.plan.notices {
             progress.notice(notice);
         }
-        let compared = plan.parent.is_some();
-        let run = Run::new(plan, progress)?;
-        let id = run.id;
+        let (id, compared) = (run.id, run.plan.parent.is_some());
         let attempt = run.execute(begun).inspect_err(|_| {
             // A full disk must not stay full of a backup that there is not; what cannot be removed is litter.
             let _ = repo.discard(&options.cluster, id);
@@ -446,6 +444,7 @@ struct Run<'r, 'p> {
     plan: Plan<'r>,
     progress: &'p dyn Progress,
     id: BackupId,
+    lease: Lease,
     start_time: Timestamp,
     data: Packer,
     map: Packer,
@@ -455,14 +454,30 @@ struct Run<'r, 'p> {
 }
 
 impl<'r, 'p> Run<'r, 'p> {
-    fn new(plan: Plan<'r>, progress: &'p dyn Progress) -> Result<Self> {
-        let start_time = whole_second(Timestamp::now());
-        let id = BackupId::generate(start_time)?;
+    /// Plans, and takes the lease that keeps what the plan refers to.
+    fn begin(repo: &'r Repository, options: &Options, progress: &'p dyn Progress) -> Result<Self> {
+        loop {
+            let plan = plan(repo, options)?;
+            let start_time = whole_second(Timestamp::now());
+            let id = BackupId::generate(start_time)?;
+            let uses = plan.parent.iter().map(|parent| parent.id).collect();
+            let request = LeaseRequest { operation: Operation::Backup, run: Some(id), uses };
+            let lease = Lease::acquire(repo, &options.cluster, &request, &|text| progress.notice(text))?;
+            // Between the plan and the lease another run may have removed the parent, or made a newer one.
+            let sound = plan.parent.as_ref().map_or(Ok(None), |parent| repo.unsound_pack(parent))?.is_none();
+            if sound && !lease.waited() {
+                return Ok(Self::new(plan, id, start_time, lease, progress));
+            }
+        }
+    }
+
+    fn new(plan: Plan<'r>, id: BackupId, start_time: Timestamp, lease: Lease, progress: &'p dyn Progress) -> Self {
         let packer = |kind| Packer::new(Arc::clone(plan.repo.store()), plan.options.cluster.clone(), id, kind);
         let processors = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        Ok(Self {
+        Self {
             progress,
             id,
+            lease,
             start_time,
             data: packer(PackKind::Data),
             map: packer(PackKind::Map),
@@ -470,7 +485,7 @@ impl<'r, 'p> Run<'r, 'p> {
             rate: RateLimit::new(plan.options.max_rate),
             jobs: plan.options.jobs.unwrap_or(processors).get(),
             plan,
-        })
+        }
     }
 
     fn execute(mut self, begun: Instant) -> Result<Attempt> {
@@ -734,12 +749,13 @@ impl<'r, 'p> Run<'r, 'p> {
         manifest.sequence = self.plan.repo.catalog(&manifest.cluster)?.next_sequence();
         manifest.stop_time = whole_second(Timestamp::now());
         manifest.duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let manifest_len = self.plan.repo.commit(&manifest)?;
+        manifest.own_bytes = own.iter().map(|pack| pack.len).sum();
+        let manifest_len = self.plan.repo.commit(&manifest, &self.lease)?;
         Ok(Report {
             backup: BackupSummary::new(&manifest, manifest_len),
             seconds: begun.elapsed().as_secs_f64(),
             bytes_read: self.totals.bytes_read.load(Ordering::Relaxed),
-            bytes_written: own.iter().map(|pack| pack.len).sum::<u64>() + manifest_len,
+            bytes_written: manifest.own_bytes + manifest_len,
             repository_damage: self.plan.repository_damage,
         })
     }
@@ -760,6 +776,8 @@ impl<'r, 'p> Run<'r, 'p> {
             cluster: self.plan.options.cluster.clone(),
             id: self.id,
             sequence: 0,
+            synthesis: 0,
+            edition: 0,
             backup_type: self.plan.backup_type,
             parent: self.plan.parent.as_ref().map(|parent| parent.id),
             merged_from: None,
@@ -791,6 +809,7 @@ impl<'r, 'p> Run<'r, 'p> {
             wal_bytes: bytes(|kind| kind == FileKind::Wal),
             file_count: found.entries.iter().filter(|entry| entry.kind == FileKind::File).count() as u64,
             blocks_changed: self.totals.blocks_changed.load(Ordering::Relaxed),
+            own_bytes: 0,
             detector: self.plan.detection.detector.to_string(),
             detector_reason: self.plan.detection.reason.clone(),
             corrupt_pages: found.corrupt_pages.clone(),

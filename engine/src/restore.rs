@@ -40,7 +40,7 @@ use crate::pg::{
     MajorVersion, PgFileChecksum, PgManifestFile, PgManifestWriter, TablespaceMap, TablespaceOid, WalRange,
 };
 use crate::progress::{Phase, Progress};
-use crate::repo::{BackupSummary, ClusterName, FileEntry, FileKind, Manifest, Repository, read_page};
+use crate::repo::{BackupSummary, ClusterName, FileEntry, FileKind, Lease, Manifest, Operation, Repository, read_page};
 use crate::source::PostmasterPid;
 use crate::target::{Owner, Target, resolve};
 
@@ -195,7 +195,9 @@ pub fn run(
     progress: &dyn Progress,
 ) -> Result<Report> {
     let begun = Instant::now();
-    plan(repo, cluster, backup, options)?.execute(begun, progress)
+    let notice = |text: &str| progress.notice(text);
+    let (_lease, backup) = Lease::of_backup(repo, cluster, backup, Operation::Restore, None, &notice)?;
+    plan(repo, cluster, &backup.id.to_string(), options)?.execute(begun, progress)
 }
 
 fn packs_must_be_there(repo: &Repository, manifest: &Manifest) -> Result<()> {

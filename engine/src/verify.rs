@@ -25,8 +25,8 @@ use crate::chunk::{Decoder, Fingerprint, Shape};
 use crate::error::{Error, ErrorKind, Result};
 use crate::progress::{Phase, Progress};
 use crate::repo::{
-    BackupSummary, ChunkRef, ClusterName, DataPack, Depth, FileEntry, Layer, LayerPlace, Manifest, PackInfo, PackKind,
-    PackName, Repository, check_pack, pack_fault, read_page,
+    BackupSummary, ChunkRef, ClusterName, DataPack, Depth, FileEntry, Layer, LayerPlace, Lease, LeaseRequest, Manifest,
+    Operation, PackInfo, PackKind, PackName, Repository, check_pack, pack_fault, read_page,
 };
 
 /// Files named for each damaged object at most.
@@ -93,7 +93,11 @@ pub fn run(
     progress: &dyn Progress,
 ) -> Result<Report> {
     let begun = Instant::now();
-    let mut verifier = Verifier::new(repo, cluster, backup)?;
+    let chosen = Chosen::read(repo, cluster, backup)?;
+    let uses = chosen.backups.iter().map(|backup| backup.id).collect();
+    let request = LeaseRequest { operation: Operation::Verify, run: None, uses };
+    let _lease = Lease::acquire(repo, cluster, &request, &|text| progress.notice(text))?;
+    let mut verifier = Verifier::new(repo, cluster, chosen)?;
     verifier.check_presence()?;
     verifier.read_tables()?;
     if !options.quick {
@@ -136,6 +140,35 @@ struct Finding {
     files: BTreeSet<Vec<u8>>,
 }
 
+/// What is to be verified.
+struct Chosen {
+    backups: Vec<BackupSummary>,
+    unreadable: Vec<Damage>,
+}
+
+impl Chosen {
+    fn read(repo: &Repository, cluster: &ClusterName, backup: &str) -> Result<Self> {
+        let catalog = repo.catalog(cluster)?;
+        if backup != "all" {
+            return Ok(Self { backups: vec![catalog.select(backup)?], unreadable: Vec::new() });
+        }
+        let unreadable = catalog.damaged().iter().map(|(object, error)| Damage {
+            object: object.to_string(),
+            problem: error.to_string(),
+            backups: object
+                .as_str()
+                .rsplit('/')
+                .next()
+                .and_then(|name| name.split('.').next())
+                .map(str::to_owned)
+                .into_iter()
+                .collect(),
+            files: Vec::new(),
+        });
+        Ok(Self { backups: catalog.backups().to_vec(), unreadable: unreadable.collect() })
+    }
+}
+
 struct Verifier<'r> {
     repo: &'r Repository,
     cluster: ClusterName,
@@ -154,25 +187,18 @@ struct Verifier<'r> {
 }
 
 impl<'r> Verifier<'r> {
-    fn new(repo: &'r Repository, cluster: &ClusterName, backup: &str) -> Result<Self> {
-        let catalog = repo.catalog(cluster)?;
-        let mut unreadable = Vec::new();
-        let chosen = if backup == "all" {
-            unreadable.extend(catalog.damaged().iter().map(|(object, error)| Damage {
-                object: object.to_string(),
-                problem: error.to_string(),
-                backups: object.as_str().rsplit('/').next().map(str::to_owned).into_iter().collect(),
-                files: Vec::new(),
-            }));
-            catalog.backups().to_vec()
-        } else {
-            vec![catalog.select(backup)?]
-        };
-        let with_manifest = |backup: BackupSummary| {
-            let manifest = repo.manifest(cluster, backup.id)?;
-            Ok((backup, manifest))
-        };
-        let backups: Vec<_> = chosen.into_iter().map(with_manifest).collect::<Result<_>>()?;
+    fn new(repo: &'r Repository, cluster: &ClusterName, chosen: Chosen) -> Result<Self> {
+        let Chosen { backups: chosen, unreadable } = chosen;
+        let several = chosen.len() > 1;
+        let mut backups = Vec::new();
+        for backup in chosen {
+            match repo.manifest(cluster, backup.id) {
+                Ok(manifest) => backups.push((backup, manifest)),
+                // Expired before the lease said that it is wanted.
+                Err(e) if e.kind() == ErrorKind::Missing && several => {}
+                Err(e) => return Err(e),
+            }
+        }
         let mut packs: BTreeMap<PackName, (u64, Vec<usize>)> = BTreeMap::new();
         for (index, (_, manifest)) in backups.iter().enumerate() {
             for PackInfo { name, len } in &manifest.packs {

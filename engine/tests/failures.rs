@@ -68,14 +68,14 @@ fn a_backup_that_fails_leaves_the_repository_as_it_was() {
     cluster.change_random_blocks(0, 20, 1).unwrap();
     cluster.checkpoint().unwrap();
     let before = store.list("").unwrap();
-    // A data pack, a map pack, the manifest.
-    for room in 0..3 {
+    // The lease, a data pack, a map pack, the manifest.
+    for room in 0..4 {
         store.room_for.store(room, Ordering::Relaxed);
         let error = backup::run(&repo, &options, &Silent).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unavailable, "room for {room}: {error}");
         assert_eq!(store.list("").unwrap(), before, "room for {room}");
     }
-    store.room_for.store(3, Ordering::Relaxed);
+    store.room_for.store(4, Ordering::Relaxed);
     let second = backup::run(&repo, &options, &Silent).unwrap().backup;
     assert_eq!((second.parent, second.blocks_changed > 0), (Some(first.id), true));
     let report = verify::run(&repo, &ClusterName::default(), "all", &verify::Options::default(), &Silent).unwrap();

@@ -1,5 +1,7 @@
 //! The backups of a cluster, as far as their manifests can be read.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -70,7 +72,6 @@ pub struct BackupSummary {
 impl BackupSummary {
     /// The summary of a manifest that has `manifest_len` bytes in the store.
     pub fn new(manifest: &Manifest, manifest_len: u64) -> Self {
-        let own = manifest.packs.iter().filter(|pack| pack.name.run == manifest.id);
         Self {
             id: manifest.id,
             backup_type: manifest.backup_type,
@@ -82,7 +83,7 @@ impl BackupSummary {
             stop_time: manifest.stop_time,
             duration_ms: manifest.duration_ms,
             cluster_bytes: manifest.cluster_bytes,
-            stored_bytes: own.map(|pack| pack.len).sum::<u64>() + manifest_len,
+            stored_bytes: manifest.own_bytes + manifest_len,
             blocks_changed: manifest.blocks_changed,
             detector: manifest.detector.clone(),
             detector_reason: manifest.detector_reason.clone(),
@@ -107,30 +108,34 @@ impl BackupSummary {
 pub struct Catalog {
     cluster: ClusterName,
     backups: Vec<BackupSummary>,
-    newest_sequence: u64,
+    /// `(sequence, synthesis)` of each.
+    moments: Vec<(u64, u32)>,
     damaged: Vec<(ObjectName, Error)>,
 }
 
 impl Catalog {
     pub(super) fn read(repo: &Repository, cluster: &ClusterName) -> Result<Self> {
-        let prefix = names::manifests(cluster);
+        let Editions { newest, strangers: mut damaged } = Editions::list(repo, cluster, &names::manifests(cluster))?;
         let mut good = Vec::new();
-        let mut damaged = Vec::new();
-        for object in repo.store().list(&prefix)? {
-            let id = object.name.as_str()[prefix.len()..].parse();
-            match id.and_then(|id| Manifest::read(repo, cluster, id)) {
-                Ok((manifest, len)) => good.push((manifest.sequence, BackupSummary::new(&manifest, len))),
+        for (id, edition) in newest {
+            match Manifest::read_newest(repo, cluster, id, edition) {
+                Ok((manifest, len)) => {
+                    good.push(((manifest.sequence, manifest.synthesis), BackupSummary::new(&manifest, len)));
+                }
                 // Deleted since it was listed: not a backup any more.
                 Err(e) if e.kind() == ErrorKind::Missing => {}
                 // Out of reach is not damaged: nobody shall throw it away for that.
                 Err(e) if e.kind() == ErrorKind::Unavailable => return Err(e),
-                Err(e) => damaged.push((object.name, e)),
+                Err(e) => damaged.push((names::manifest(cluster, id, edition)?, e)),
             }
         }
-        good.sort_by_key(|(sequence, backup)| (*sequence, backup.id));
-        let newest_sequence = good.last().map_or(0, |(sequence, _)| *sequence);
-        let backups = good.into_iter().map(|(_, backup)| backup).collect();
-        Ok(Self { cluster: cluster.clone(), backups, newest_sequence, damaged })
+        let pins = repo.pins(cluster)?;
+        for (_, backup) in &mut good {
+            backup.pinned = pins.contains(&backup.id);
+        }
+        good.sort_by_key(|(moment, backup)| (*moment, backup.id));
+        let (moments, backups) = good.into_iter().unzip();
+        Ok(Self { cluster: cluster.clone(), backups, moments, damaged })
     }
 
     /// The backups whose manifests can be read, oldest first.
@@ -145,7 +150,13 @@ impl Catalog {
 
     /// The sequence number of the next backup.
     pub fn next_sequence(&self) -> u64 {
-        self.newest_sequence + 1
+        self.moments.last().map_or(0, |(sequence, _)| *sequence) + 1
+    }
+
+    /// The number of the next backup that is made from one with this sequence number.
+    pub fn next_synthesis(&self, sequence: u64) -> u32 {
+        let of_moment = self.moments.iter().filter(|(found, _)| *found == sequence);
+        of_moment.map(|(_, synthesis)| *synthesis).max().unwrap_or(0) + 1
     }
 
     /// The backup that `spec` names: an id, a unique prefix of one, `latest`, `oldest` or `latest-full`.
@@ -203,6 +214,33 @@ impl Catalog {
     }
 }
 
+/// What is stored among the manifests.
+pub(super) struct Editions {
+    /// The newest edition of each.
+    pub newest: BTreeMap<BackupId, u32>,
+    /// What has no business there.
+    pub strangers: Vec<(ObjectName, Error)>,
+}
+
+impl Editions {
+    /// Lists the manifests whose names begin with `prefix`.
+    pub fn list(repo: &Repository, cluster: &ClusterName, prefix: &str) -> Result<Self> {
+        let directory = names::manifests(cluster);
+        let mut newest = BTreeMap::new();
+        let mut strangers = Vec::new();
+        for object in repo.store().list(prefix)? {
+            match names::parse_manifest(&object.name.as_str()[directory.len()..]) {
+                Ok((id, edition)) => {
+                    let known = newest.entry(id).or_insert(edition);
+                    *known = edition.max(*known);
+                }
+                Err(e) => strangers.push((object.name, e)),
+            }
+        }
+        Ok(Self { newest, strangers })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -222,7 +260,7 @@ mod tests {
         for (sequence, id) in [(1, B), (2, A), (3, C)] {
             let mut manifest = sample(repo.id(), id.parse().unwrap(), sequence);
             manifest.backup_type = if id == C { BackupType::Incremental } else { BackupType::Full };
-            repo.commit(&manifest).unwrap();
+            store.tamper(&manifest.object().unwrap(), Some(manifest.encode(&manifest.object().unwrap()).unwrap()));
         }
         (store, repo)
     }
@@ -257,7 +295,7 @@ mod tests {
     #[test]
     fn latest_is_never_a_guess() {
         let (store, repo) = repository();
-        let object = names::manifest(&ClusterName::default(), C.parse().unwrap()).unwrap();
+        let object = names::manifest(&ClusterName::default(), C.parse().unwrap(), 0).unwrap();
         let mut bytes = store.get(&object, 1 << 20).unwrap();
         bytes[30] ^= 1;
         store.tamper(&object, Some(bytes));
@@ -272,7 +310,7 @@ mod tests {
         let (store, repo) = repository();
         let other = Repository::init_in(Arc::new(MemoryStore::new()), "other".to_owned()).unwrap();
         let id = "20261124T160312Z-0000000d".parse().unwrap();
-        let object = names::manifest(&ClusterName::default(), id).unwrap();
+        let object = names::manifest(&ClusterName::default(), id, 0).unwrap();
         store.tamper(&object, Some(sample(other.id(), id, 9).encode(&object).unwrap()));
         assert_eq!(repo.catalog(&ClusterName::default()).unwrap().damaged().len(), 1);
     }

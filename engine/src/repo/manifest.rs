@@ -6,6 +6,7 @@ use std::fmt;
 use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::catalog::Editions;
 use super::names::{self, BackupId, ClusterName, PackKind, PackName};
 use super::pack::{PackInfo, Place};
 use super::table::PagePlace;
@@ -146,8 +147,13 @@ pub struct Manifest {
     pub cluster: ClusterName,
     /// The backup.
     pub id: BackupId,
-    /// One more than the largest in the catalog when the backup was committed: the order of backups.
+    /// One more than the largest in the catalog when the backup was committed: the order of backups. A synthetic full backup has that
+    /// of the backup that it was made from, as it is of the same moment.
     pub sequence: u64,
+    /// The order among the backups of one moment: 0 for the one that was taken, and counting for those that were made from it.
+    pub synthesis: u32,
+    /// How often the manifest was written anew because what it refers to had moved.
+    pub edition: u32,
     /// What kind of backup it is.
     #[serde(rename = "type")]
     pub backup_type: BackupType,
@@ -211,6 +217,8 @@ pub struct Manifest {
     pub file_count: u64,
     /// Blocks of relation files that differ from the parent's, or all of them.
     pub blocks_changed: u64,
+    /// Bytes of the packs that the run wrote, whatever became of them.
+    pub own_bytes: u64,
     /// Which detector told what may have changed.
     pub detector: String,
     /// Why that one.
@@ -233,19 +241,47 @@ impl Manifest {
         self.block_size as usize
     }
 
-    /// Reads a manifest, and its length in the store.
-    pub(super) fn read(repo: &Repository, cluster: &ClusterName, id: BackupId) -> Result<(Self, u64)> {
-        let object = names::manifest(cluster, id)?;
+    /// Where the manifest is stored.
+    ///
+    /// # Errors
+    /// `Invalid` never happens for names made of checked parts.
+    pub fn object(&self) -> Result<ObjectName> {
+        names::manifest(&self.cluster, self.id, self.edition)
+    }
+
+    /// Reads an edition of a manifest, and its length in the store.
+    pub(super) fn read(repo: &Repository, cluster: &ClusterName, id: BackupId, edition: u32) -> Result<(Self, u64)> {
+        let object = names::manifest(cluster, id, edition)?;
         let bytes = repo.store().get(&object, MAX_LEN)?;
         let manifest = Self::decode(&bytes, &object)?;
-        let expected = (repo.id(), cluster, id);
-        if (manifest.repository.as_str(), &manifest.cluster, manifest.id) != expected {
+        let expected = (repo.id(), cluster, id, edition);
+        if (manifest.repository.as_str(), &manifest.cluster, manifest.id, manifest.edition) != expected {
             return Err(Error::corrupt(
                 object.as_str(),
                 "the manifest belongs to another repository, cluster or backup",
             ));
         }
         Ok((manifest, bytes.len() as u64))
+    }
+
+    /// Reads the newest edition of a manifest, of which `edition` is known; an expiry may write a newer one at any time and remove this.
+    pub(super) fn read_newest(
+        repo: &Repository,
+        cluster: &ClusterName,
+        id: BackupId,
+        mut edition: u32,
+    ) -> Result<(Self, u64)> {
+        loop {
+            let missing = match Self::read(repo, cluster, id, edition) {
+                Err(e) if e.kind() == ErrorKind::Missing => e,
+                read => return read,
+            };
+            let listed = Editions::list(repo, cluster, names::manifest(cluster, id, 0)?.as_str())?;
+            edition = match listed.newest.get(&id) {
+                Some(newer) if *newer > edition => *newer,
+                _ => return Err(missing),
+            };
+        }
     }
 
     /// Encodes the manifest as the object `object`.
@@ -387,6 +423,8 @@ pub(super) mod tests {
             cluster: ClusterName::default(),
             id,
             sequence,
+            synthesis: 0,
+            edition: 0,
             backup_type: BackupType::Full,
             parent: None,
             merged_from: None,
@@ -418,6 +456,7 @@ pub(super) mod tests {
             wal_bytes: 2,
             file_count: 3,
             blocks_changed: 4,
+            own_bytes: 99,
             detector: "scan".to_owned(),
             detector_reason: "there is no parent".to_owned(),
             corrupt_pages: Vec::new(),

@@ -2,12 +2,13 @@
 
 mod catalog;
 mod layer;
+mod lease;
 mod manifest;
 mod names;
 mod pack;
 mod table;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::io::Read;
 use std::path::Path;
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 pub use catalog::{BackupSummary, Catalog};
 pub use layer::{ChunkRef, DataPack, Extent, Layer, LayerBuilder, Locations, PART_BLOCKS};
 pub(crate) use layer::{decode_fingerprints, encode_fingerprints};
+pub use lease::{Lease, LeaseRequest, Operation};
 pub use manifest::{BackupType, ByteString, CorruptPage, Manifest, Setting, TablespaceLocation, WalSpan};
 pub use names::{BackupId, ClusterName, PackKind, PackName};
 pub use pack::{PackInfo, Packer, Place};
@@ -55,6 +57,12 @@ struct Header {
     created: Option<Timestamp>,
 }
 
+/// That an object of this name is there is what pins a backup; its contents are for people.
+#[derive(Serialize)]
+struct Pin {
+    pinned: Timestamp,
+}
+
 impl Repository {
     /// Makes a repository in a directory that is empty or does not exist.
     ///
@@ -83,8 +91,7 @@ impl Repository {
         let id = hex(&random);
         let created = Some(Timestamp::now());
         let header = Header { pgstrata_repository: FORMAT_VERSION, id: id.clone(), created };
-        let line = serde_json::to_string(&header).map_err(|e| Error::bug("cannot encode a header").because(e))?;
-        let text = format!("{line}\n{}\n", blake3::hash(line.as_bytes()).to_hex());
+        let text = seal(&header)?;
         store.put_new(&ObjectName::new(names::REPOSITORY)?, &mut text.as_bytes())?;
         Ok(Self { store, id, place })
     }
@@ -116,14 +123,7 @@ impl Repository {
     /// As [`Repository::open`].
     pub fn open_in(store: Arc<dyn Store>, place: String) -> Result<Self> {
         let bytes = store.get(&ObjectName::new(names::REPOSITORY)?, 64 << 10)?;
-        let damaged = |what: &str| Error::corrupt(names::REPOSITORY, format!("{place}: {what}"));
-        let text = std::str::from_utf8(&bytes).map_err(|_| damaged("the header is damaged: it is not text"))?;
-        let (line, check) = text.split_once('\n').ok_or_else(|| damaged("the header is damaged: it has one line"))?;
-        let sound = check.strip_suffix('\n') == Some(blake3::hash(line.as_bytes()).to_hex().as_str());
-        if !sound {
-            return Err(damaged("the header does not match its checksum"));
-        }
-        let header: Header = serde_json::from_str(line).map_err(|e| damaged("the header is damaged").because(e))?;
+        let header: Header = unseal(&bytes, names::REPOSITORY)?;
         if header.pgstrata_repository != FORMAT_VERSION {
             let found = header.pgstrata_repository;
             let what = format!("{place} has format {found}; this program reads format {FORMAT_VERSION}");
@@ -170,22 +170,39 @@ impl Repository {
         Catalog::read(self, cluster)
     }
 
-    /// Reads one manifest.
+    /// Reads the newest edition of a manifest.
     ///
     /// # Errors
     /// `Missing`, `Corrupt`, or `Unsupported`.
     pub fn manifest(&self, cluster: &ClusterName, id: BackupId) -> Result<Manifest> {
-        Manifest::read(self, cluster, id).map(|(manifest, _)| manifest)
+        Manifest::read_newest(self, cluster, id, 0).map(|(manifest, _)| manifest)
     }
 
     /// Commits a backup: stores its manifest and returns its length.
     ///
+    /// Right before, everything that the backup refers to must be there; the lease is what keeps it there. A run that was held up for so
+    /// long that its lease lapsed looks again afterwards, and takes the manifest back if something is gone.
+    ///
     /// # Errors
-    /// What the store says.
-    pub fn commit(&self, manifest: &Manifest) -> Result<u64> {
-        let object = names::manifest(&manifest.cluster, manifest.id)?;
+    /// What the store says; `Locked` if the lease is lost; `Corrupt` if a pack is gone.
+    pub fn commit(&self, manifest: &Manifest, lease: &Lease) -> Result<u64> {
+        let object = manifest.object()?;
         let bytes = manifest.encode(&object)?;
-        self.store.put_new(&object, &mut bytes.as_slice())
+        lease.check()?;
+        self.packs_must_be_there(manifest)?;
+        let len = self.store.put_new(&object, &mut bytes.as_slice())?;
+        if lease.is_lapsed() {
+            self.packs_must_be_there(manifest).inspect_err(|_| {
+                // Whatever this says, the error is that of the packs.
+                let _ = self.store.delete(&object);
+            })?;
+        }
+        Ok(len)
+    }
+
+    fn packs_must_be_there(&self, manifest: &Manifest) -> Result<()> {
+        let fault = self.unsound_pack(manifest)?;
+        fault.map_or(Ok(()), |(object, fault)| Err(Error::corrupt(object.as_str(), fault)))
     }
 
     /// Removes the packs of a run that failed, unless its manifest is there after all.
@@ -193,12 +210,37 @@ impl Repository {
     /// # Errors
     /// When the store cannot list or delete; what is left is litter.
     pub fn discard(&self, cluster: &ClusterName, run: BackupId) -> Result<()> {
-        let manifest = names::manifest(cluster, run)?;
+        let manifest = names::manifest(cluster, run, 0)?;
         if !self.store.list(manifest.as_str())?.is_empty() {
             return Ok(());
         }
-        let packs = self.store.list(&format!("{}{run}/", names::packs(cluster)))?;
+        let packs = self.store.list(&names::packs_of(cluster, run))?;
         packs.iter().try_for_each(|pack| self.store.delete(&pack.name))
+    }
+
+    /// The backups that are pinned, listed or not.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub fn pins(&self, cluster: &ClusterName) -> Result<BTreeSet<BackupId>> {
+        let prefix = names::pins(cluster);
+        let objects = self.store.list(&prefix)?;
+        Ok(objects.iter().filter_map(|object| object.name.as_str()[prefix.len()..].parse().ok()).collect())
+    }
+
+    /// Pins a backup, or takes its pin away; its holder has a lease that names the backup.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub(crate) fn set_pin(&self, cluster: &ClusterName, id: BackupId, pinned: bool) -> Result<()> {
+        let object = names::pin(cluster, id)?;
+        if !pinned {
+            return self.store.delete(&object);
+        }
+        match self.store.put_new(&object, &mut seal(&Pin { pinned: Timestamp::now() })?.as_bytes()) {
+            Err(e) if e.kind() != ErrorKind::Conflict => Err(e),
+            _ => Ok(()),
+        }
     }
 
     /// The packs of a cluster that are in the store, with their lengths.
@@ -259,6 +301,23 @@ impl Repository {
         }
         Ok(Layer { locations, fingerprints })
     }
+}
+
+/// Two lines of text: a JSON object, and its checksum.
+fn seal<T: Serialize>(value: &T) -> Result<String> {
+    let line = serde_json::to_string(value).map_err(|e| Error::bug("cannot encode JSON").because(e))?;
+    Ok(format!("{line}\n{}\n", blake3::hash(line.as_bytes()).to_hex()))
+}
+
+/// Proves and decodes what [`seal`] made.
+fn unseal<T: DeserializeOwned>(bytes: &[u8], object: &str) -> Result<T> {
+    let damaged = |what: &str| Error::corrupt(object, format!("the object is damaged: {what}"));
+    let text = std::str::from_utf8(bytes).map_err(|_| damaged("it is not text"))?;
+    let (line, check) = text.split_once('\n').ok_or_else(|| damaged("it has one line"))?;
+    if check.strip_suffix('\n') != Some(blake3::hash(line.as_bytes()).to_hex().as_str()) {
+        return Err(damaged("it does not match its checksum"));
+    }
+    serde_json::from_str(line).map_err(|e| damaged("it does not decode").because(e))
 }
 
 /// What is wrong with a pack that shall have `len` bytes, as far as a listing tells.

@@ -187,9 +187,45 @@ pub(crate) fn packs(cluster: &ClusterName) -> String {
     format!("clusters/{cluster}/packs/")
 }
 
-/// A backup's manifest.
-pub(crate) fn manifest(cluster: &ClusterName, id: BackupId) -> Result<ObjectName> {
-    ObjectName::new(format!("{}{id}", manifests(cluster)))
+/// A backup's manifest: the edition 0 has the backup's name, later ones a number behind it.
+pub(crate) fn manifest(cluster: &ClusterName, id: BackupId, edition: u32) -> Result<ObjectName> {
+    let suffix = if edition == 0 { String::new() } else { format!(".{edition}") };
+    ObjectName::new(format!("{}{id}{suffix}", manifests(cluster)))
+}
+
+/// The backup and the edition that the last component of a manifest's name says.
+pub(crate) fn parse_manifest(text: &str) -> Result<(BackupId, u32)> {
+    let Some((id, number)) = text.split_once('.') else { return Ok((text.parse()?, 0)) };
+    let edition = number.parse().ok().filter(|edition: &u32| *edition > 0 && edition.to_string() == number);
+    edition.map_or_else(
+        || Err(Error::invalid(format!("{text:?} is not the name of a manifest"))),
+        |edition| Ok((id.parse()?, edition)),
+    )
+}
+
+/// The prefix of a cluster's leases.
+pub(crate) fn leases(cluster: &ClusterName) -> String {
+    format!("clusters/{cluster}/leases/")
+}
+
+/// A lease, renewed `renewals` times.
+pub(crate) fn lease(cluster: &ClusterName, id: BackupId, renewals: u32) -> Result<ObjectName> {
+    ObjectName::new(format!("{}{id}.{renewals}", leases(cluster)))
+}
+
+/// The prefix of a cluster's pins.
+pub(crate) fn pins(cluster: &ClusterName) -> String {
+    format!("clusters/{cluster}/pins/")
+}
+
+/// A backup's pin.
+pub(crate) fn pin(cluster: &ClusterName, id: BackupId) -> Result<ObjectName> {
+    ObjectName::new(format!("{}{id}", pins(cluster)))
+}
+
+/// The prefix of a run's packs.
+pub(crate) fn packs_of(cluster: &ClusterName, run: BackupId) -> String {
+    format!("{}{run}/", packs(cluster))
 }
 
 #[cfg(test)]
@@ -209,6 +245,20 @@ mod tests {
         fn no_text_makes_the_id_parser_panic(text in ".*") {
             let _ = text.parse::<BackupId>();
             let _ = text.parse::<ClusterName>();
+        }
+    }
+
+    #[test]
+    fn the_editions_of_a_manifest_are_told_apart() {
+        let cluster = ClusterName::default();
+        let id: BackupId = "20261122T160312Z-1a2b3c4d".parse().unwrap();
+        for edition in [0, 1, 17] {
+            let object = manifest(&cluster, id, edition).unwrap();
+            assert_eq!(parse_manifest(&object.as_str()[manifests(&cluster).len()..]).unwrap(), (id, edition));
+        }
+        for text in ["20261122T160312Z-1a2b3c4d.0", "20261122T160312Z-1a2b3c4d.01", "20261122T160312Z-1a2b3c4d.", ".1"]
+        {
+            assert!(parse_manifest(text).is_err(), "{text}");
         }
     }
 

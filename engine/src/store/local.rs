@@ -3,7 +3,8 @@
 //! An object is a file at its name below the root. `put_new` writes a temporary file beside it (`.tmp-...`, which no object
 //! name can be), syncs it, gives it its name by a rename that refuses to replace, and syncs every directory whose entries
 //! changed. An error from any of these steps counts: a failed `fsync` is not tried again, because the kernel forgets the
-//! failure with the first report. A crash leaves at most a temporary file.
+//! failure with the first report. A crash leaves at most a temporary file. Its writer holds a lock on it, which ends with him, however he ends: a
+//! temporary file that can be locked is swept away.
 //!
 //! Files are 0600 and directories 0700: a backup holds everything the database does. Root gives what it makes to the owner of the store's directory, or
 //! the next backup of that user could not read it.
@@ -15,11 +16,13 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::fs::{CWD, RenameFlags};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock};
 
 use super::{ObjectInfo, ObjectName, Store};
 use crate::error::{Error, ErrorKind, Result};
 
+/// How the names of temporary files begin.
+const TEMPORARY: &str = ".tmp-";
 /// How many files stay open for reading.
 const OPEN_FILES: usize = 16;
 
@@ -80,6 +83,18 @@ impl LocalStore {
         Ok(file)
     }
 
+    /// A temporary file in a directory, which is made if need be; a sweep may remove it again while it is empty.
+    fn temporary_in(&self, directory: &Path) -> Result<Temporary> {
+        make_directories(directory, self.owner)?;
+        match Temporary::create(directory, self.owner) {
+            Err(e) if e.kind() == ErrorKind::Missing => {
+                make_directories(directory, self.owner)?;
+                Temporary::create(directory, self.owner)
+            }
+            created => created,
+        }
+    }
+
     fn forget(&self, name: &ObjectName) {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).retain(|(known, _)| known != name);
     }
@@ -119,8 +134,7 @@ impl Store for LocalStore {
         if fs::symlink_metadata(&path).is_ok() {
             return Err(Error::new(ErrorKind::Conflict, format!("{} exists already", path.display())));
         }
-        make_directories(directory, self.owner)?;
-        let temporary = Temporary::create(directory, self.owner)?;
+        let temporary = self.temporary_in(directory)?;
         let len = temporary.fill(content)?;
         temporary.rename_to(&path)?;
         sync_directory(directory)?;
@@ -170,6 +184,51 @@ impl Store for LocalStore {
             Err(e) => Err(Error::io("delete", &path, e)),
         }
     }
+
+    fn sweep(&self, prefix: &str) -> Result<u64> {
+        let directory = self.root.join(prefix);
+        if directory.is_dir() { sweep_directory(&directory, false) } else { Ok(0) }
+    }
+}
+
+/// Sweeps a directory and all below; those below that are empty then go, too.
+fn sweep_directory(directory: &Path, may_go: bool) -> Result<u64> {
+    let entries = fs::read_dir(directory).map_err(|e| Error::io("list", directory, e))?;
+    let mut freed = 0;
+    for entry in entries {
+        let entry = entry.map_err(|e| Error::io("list", directory, e))?;
+        let path = entry.path();
+        let kind = entry.file_type().map_err(|e| Error::io("look at", &path, e))?;
+        if kind.is_dir() {
+            freed += sweep_directory(&path, true)?;
+        } else if kind.is_file() && entry.file_name().as_encoded_bytes().starts_with(TEMPORARY.as_bytes()) {
+            freed += sweep_temporary(&path)?;
+        }
+    }
+    if may_go {
+        // Fails unless it is empty; whoever wants to write into it makes it again.
+        let _ = fs::remove_dir(directory);
+    }
+    Ok(freed)
+}
+
+/// Removes a temporary file unless its writer lives.
+fn sweep_temporary(path: &Path) -> Result<u64> {
+    let file = match OpenOptions::new().write(true).open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == Io::NotFound => return Ok(0),
+        Err(e) => return Err(Error::io("open", path, e)),
+    };
+    // Locked: somebody writes it. Not supported: nobody can tell.
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return Ok(0);
+    }
+    let len = file.metadata().map_err(|e| Error::io("look at", path, e))?.len();
+    match fs::remove_file(path) {
+        Ok(()) => Ok(len),
+        Err(e) if e.kind() == Io::NotFound => Ok(0),
+        Err(e) => Err(Error::io("delete", path, e)),
+    }
 }
 
 /// The error of a read beyond an object's end.
@@ -200,10 +259,12 @@ impl Temporary {
     fn create(directory: &Path, owner: Option<Owner>) -> Result<Self> {
         let mut random = [0; 8];
         getrandom::fill(&mut random).map_err(|e| Error::new(ErrorKind::Unavailable, format!("no randomness: {e}")))?;
-        let path = directory.join(format!(".tmp-{:016x}", u64::from_le_bytes(random)));
+        let path = directory.join(format!("{TEMPORARY}{:016x}", u64::from_le_bytes(random)));
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
         let file = file.map_err(|e| Error::io("create", &path, e))?;
         let temporary = Self { path, file, named: false };
+        // A file system without locks has no sweeping either. One that is swept before it is locked will not get its name, which is an error then.
+        let _ = flock(&temporary.file, FlockOperation::NonBlockingLockExclusive);
         if let Some(Owner { uid, gid }) = owner {
             let given = std::os::unix::fs::fchown(&temporary.file, Some(uid), Some(gid));
             given.map_err(|e| Error::io("give away", &temporary.path, e))?;
@@ -315,6 +376,22 @@ mod tests {
         store.put_new(&ObjectName::new("x/y").unwrap(), &mut &b"secret"[..]).unwrap();
         let mode = |path: &str| fs::metadata(directory.path().join(path)).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode("a/b"), mode("a/b/x"), mode("a/b/x/y")), (0o700, 0o700, 0o600));
+    }
+
+    #[test]
+    fn a_sweep_removes_what_nobody_writes_and_leaves_the_rest() {
+        let (directory, store) = store();
+        store.put_new(&ObjectName::new("x/y").unwrap(), &mut &b"kept"[..]).unwrap();
+        let root = directory.path().join("a/b");
+        fs::create_dir_all(root.join("x/empty/deeper")).unwrap();
+        fs::write(root.join("x/.tmp-0123"), "litter").unwrap();
+        fs::write(root.join("x/.other"), "not ours").unwrap();
+        let written = Temporary::create(&root.join("x"), None).unwrap();
+        assert_eq!(store.sweep("x").unwrap(), 6);
+        let mut left: Vec<_> = fs::read_dir(root.join("x")).unwrap().map(|entry| entry.unwrap().path()).collect();
+        left.sort();
+        assert_eq!(left, [root.join("x/.other"), written.path.clone(), root.join("x/y")]);
+        assert_eq!(store.sweep("nothing/here").unwrap(), 0);
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //! exist, whole and durable, or fails and leaves nothing under that name; nothing ever changes one. That is what lets a
 //! manifest be the only commit point, and what makes object-lock storage work.
 //!
-//! Why five methods: each is one every object store and file system has. There is no rename, no append, no lock.
+//! Why five methods: each is one every object store and file system has. There is no rename, no append, no lock. A sixth, `sweep`, is for drivers whose
+//! `put_new` leaves something behind when it is killed.
 //!
 //! What goes wrong: a name that is taken ([`ErrorKind::Conflict`](crate::ErrorKind)), an object that is not there (`Missing`), a
 //! store out of reach or full (`Unavailable`), an object shorter than a reader was told (`Corrupt`). Every driver passes
@@ -62,4 +63,11 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Removes an object; it is no error if there is none.
     fn delete(&self, name: &ObjectName) -> Result<()>;
+
+    /// Removes what calls of `put_new` that never ended left below `prefix`, which is no object, and returns its length in bytes.
+    ///
+    /// A store whose driver leaves nothing behind has nothing to do.
+    fn sweep(&self, _prefix: &str) -> Result<u64> {
+        Ok(0)
+    }
 }
