@@ -37,7 +37,6 @@ use serde::Serialize;
 
 use self::copy::{Content, Copier, Item, Totals};
 use self::judge::{Judge, Suspect};
-use self::part::Stack;
 use self::rate::RateLimit;
 use self::wal::WalRange;
 pub use crate::chunk::Compression;
@@ -49,7 +48,7 @@ use crate::progress::{Phase, Progress};
 use crate::repo::{
     BackupId, BackupSummary, BackupType, ByteString, Catalog, ClusterName, CorruptPage, FORMAT_VERSION, FileEntry,
     FileKind, Lease, LeaseRequest, Manifest, Operation, PackInfo, PackKind, PackName, Packer, PagePlace, Repository,
-    Setting, TableWriter, TablespaceLocation, WalSpan, read_page,
+    Setting, Stack, TableWriter, TablespaceLocation, WalSpan, read_page,
 };
 use crate::source::{DataDir, Entry, EntryKind, Environment, FileSetting, Listing, Session, Tablespace};
 

@@ -24,13 +24,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::judge::{Judge, Verdict};
-use super::part::{SliceMap, Stack};
+use super::part::{self, SliceMap};
 use super::rate::RateLimit;
 use crate::chunk::{ChunkId, Compression, Encoder, Fingerprint, MAX_RAW_LEN};
 use crate::error::{Error, Result};
 use crate::pg::{BlockNumber, RelationFile, is_zero};
 use crate::progress::Progress;
-use crate::repo::{ChunkRef, DataPack, Extent, FileEntry, PART_BLOCKS, Packer, PartMap};
+use crate::repo::{ChunkRef, DataPack, Extent, FileEntry, PART_BLOCKS, Packer, PartMap, Stack};
 use crate::source::DataDir;
 
 /// Blocks that a worker takes at once: 8 MiB of 8 KiB blocks. Larger ones leave workers without work at the end.
@@ -363,7 +363,7 @@ impl Run<'_> {
         let parent_blocks = part.parent_blocks.get().copied().unwrap_or(0);
         let vanished = matches!(*lock(&open.reader), Opened::NotYet | Opened::Vanished);
         if !vanished {
-            let done = self.copier.stack.write(slices, parent_blocks, self.parent_map(index, part_number))?;
+            let done = part::write(self.copier.stack, slices, parent_blocks, self.parent_map(index, part_number))?;
             if self.items[index].relation.is_some() {
                 self.copier.totals.blocks_changed.fetch_add(done.blocks_changed, Ordering::Relaxed);
             }

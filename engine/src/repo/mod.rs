@@ -6,6 +6,7 @@ mod lease;
 mod manifest;
 mod names;
 mod pack;
+mod stack;
 mod table;
 
 use std::collections::{BTreeSet, HashMap};
@@ -19,13 +20,14 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 pub use catalog::{BackupSummary, Catalog};
+use layer::decode_fingerprints;
 pub use layer::{ChunkRef, DataPack, Extent, Layer, LayerBuilder, Locations, PART_BLOCKS};
-pub(crate) use layer::{decode_fingerprints, encode_fingerprints};
 pub use lease::{Lease, LeaseRequest, Operation};
 pub use manifest::{BackupType, ByteString, CorruptPage, Manifest, Setting, TablespaceLocation, WalSpan};
 pub use names::{BackupId, ClusterName, PackKind, PackName};
 pub use pack::{PackInfo, Packer, Place};
-pub(crate) use pack::{RECORD_CHECK_LEN, check_pack, read_record};
+pub(crate) use pack::{check_pack, read_record};
+pub(crate) use stack::{Stack, write_layer};
 pub use table::{FileEntry, FileKind, LayerPlace, PagePlace, PartMap, TablePage, TableWriter, read_page};
 
 use crate::chunk::hex;
