@@ -97,7 +97,7 @@ impl Progress for Bars {
 
 fn style(phase: Phase, total_bytes: u64) -> ProgressStyle {
     let template = match (phase, total_bytes) {
-        (Phase::Starting | Phase::Listing | Phase::Syncing, 0) => NO_BYTES,
+        (Phase::Starting | Phase::Listing | Phase::Syncing | Phase::Deleting, 0) => NO_BYTES,
         (_, 0) => UNKNOWN_TOTAL,
         _ => KNOWN_TOTAL,
     };
@@ -113,6 +113,9 @@ fn label(phase: Phase) -> &'static str {
         Phase::Restoring => "restoring",
         Phase::Syncing => "syncing",
         Phase::Verifying => "verifying",
+        Phase::Merging => "merging",
+        Phase::Moving => "moving",
+        Phase::Deleting => "deleting",
     }
 }
 

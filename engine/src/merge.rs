@@ -1,14 +1,48 @@
-//! `merge`: a full backup out of what the repository holds.
+//! `merge`: a full backup out of what the repository holds, of the moment of one of its backups.
+//!
+//! ```text
+//! plan      choose the backup; a lease keeps what it refers to
+//! prove     every pack is there with its length; with --verify, every byte of them is read and checked
+//! flatten   page by page of the file table: each block map in one layer, each chunk within its pack
+//! repack    or: the chunks themselves into packs of the new backup, in the order of the files (repack.rs)
+//! commit    the file table, then the manifest: now it is a backup
+//! ```
+//!
+//! Nothing is asked of PostgreSQL, nothing read of its directory, and without `--repack` no chunk is read or written: the new manifest and its maps refer to the
+//! chunks where they are. The cost grows with the metadata, and where little changed, with the change: a block map whose lowest layer holds at least
+//! [`BASE_RATIO`] times as many blocks as all above it becomes two layers, as writing the lowest one again would gain a reader nothing.
+//!
+//! The new backup stands at the moment of the old one, so it is `latest` if that was, and comes before whatever was taken later. It needs none of the
+//! manifests that it was made from. An interrupted merge leaves packs that no manifest names.
+//!
+//! What goes wrong: a pack that is gone or too short, a map that leads out of its pack or leaves a block out: an error, and no backup.
 
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
+use jiff::Timestamp;
+use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::chunk::Compression;
-use crate::error::Result;
-use crate::progress::Progress;
-use crate::repo::{BackupId, BackupSummary, ClusterName, Repository};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pg::RelationFile;
+use crate::progress::{Phase, Progress};
+use crate::repo::{
+    BackupId, BackupSummary, BackupType, ClusterName, Depth, FileEntry, Layer, LayerPlace, Lease, LeaseRequest,
+    Manifest, Operation, PackInfo, PackKind, PackName, Packer, PartMap, Repository, TableWriter, read_page,
+    write_layer,
+};
+use crate::verify;
+
+/// How many times more blocks the lowest layer of a map must hold than all above it to be left as it is.
+const BASE_RATIO: u64 = 8;
+/// Bytes at the end of a pack that are no record, at least.
+const PACK_END_LEN: u64 = 40;
 
 /// What to merge and how.
 #[derive(Clone, Debug, Default)]
@@ -44,14 +78,26 @@ pub struct Report {
 }
 
 /// What a merge is going to do.
-pub struct Plan<'r> {
-    _repo: &'r Repository,
-    _merged: BackupId,
+#[derive(Debug)]
+pub struct Plan {
+    backup: BackupSummary,
+    /// Files and directories.
+    entries: u64,
+    /// Packs that the new backup will refer to, but for its own.
+    packs: u64,
+    /// Block maps that get fewer layers.
+    flattened: u64,
+    /// Bytes of their layers.
+    flattened_bytes: u64,
 }
 
-impl fmt::Display for Plan<'_> {
-    fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
-        unimplemented!()
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let BackupSummary { id, backup_type, start_time, .. } = &self.backup;
+        let Self { entries, packs, flattened, flattened_bytes, .. } = self;
+        write!(f, "a full backup of the moment of {id} ({backup_type}, {start_time}), {entries} files")?;
+        write!(f, "\n  {flattened} block maps of {flattened_bytes} bytes to write anew")?;
+        write!(f, "\n  no data is copied: it stays in {packs} packs, all of which are there")
     }
 }
 
@@ -59,14 +105,225 @@ impl fmt::Display for Plan<'_> {
 ///
 /// # Errors
 /// `Missing` or `Corrupt` for the backup.
-pub fn plan<'r>(_repo: &'r Repository, _options: &Options) -> Result<Plan<'r>> {
-    unimplemented!()
+pub fn plan(repo: &Repository, options: &Options) -> Result<Plan> {
+    let backup = repo.catalog(&options.cluster)?.select(&options.backup)?;
+    let source = repo.manifest(&options.cluster, backup.id)?;
+    packs_must_be_there(repo, &source)?;
+    let mut plan = Plan { backup, entries: 0, packs: source.packs.len() as u64, flattened: 0, flattened_bytes: 0 };
+    for page in &source.pages {
+        let entries = read_page(&**repo.store(), &source.cluster, page)?.entries;
+        plan.entries += entries.len() as u64;
+        for part in entries.iter().flat_map(|entry| &entry.parts) {
+            let flattened = &part.layers[..flattened_len(&part.layers)];
+            let len = |layer: &LayerPlace| u64::from(layer.locations_len) + u64::from(layer.fingerprints_len);
+            plan.flattened += u64::from(!flattened.is_empty());
+            plan.flattened_bytes += flattened.iter().map(len).sum::<u64>();
+        }
+    }
+    Ok(plan)
 }
 
 /// Makes a full backup out of what the repository holds.
 ///
 /// # Errors
-/// As [`plan`]; then there is no new backup.
-pub fn run(_repo: &Repository, _options: &Options, _progress: &dyn Progress) -> Result<Report> {
-    unimplemented!()
+/// `Missing` or `Corrupt` for the backup; then there is no new one.
+pub fn run(repo: &Repository, options: &Options, progress: &dyn Progress) -> Result<Report> {
+    let begun = Instant::now();
+    let (run, source_len) = Run::begin(repo, options, progress)?;
+    let id = run.id;
+    if options.verify {
+        run.verify()?;
+    }
+    run.execute(begun, source_len).inspect_err(|_| {
+        // The lease is given back, but nobody else writes under this name; what cannot be removed is litter.
+        let _ = repo.discard(&options.cluster, id);
+    })
+}
+
+fn packs_must_be_there(repo: &Repository, manifest: &Manifest) -> Result<()> {
+    let Some((object, fault)) = repo.unsound_pack(manifest)? else { return Ok(()) };
+    let hint = "`pgstrata verify` tells which backups are whole; merge one of them";
+    Err(Error::corrupt(object.as_str(), fault).hint(hint))
+}
+
+/// How many of a part's layers, from the top, become one: none if they are few enough already.
+fn flattened_len(layers: &[LayerPlace]) -> usize {
+    let [newer @ .., base] = layers else { return 0 };
+    let above: u64 = newer.iter().map(LayerPlace::stored_blocks).sum();
+    let keeps_base = base.stored_blocks() >= BASE_RATIO * above.max(1);
+    match (newer.len(), keeps_base) {
+        (0, _) | (1, true) => 0,
+        (count, true) => count,
+        (count, false) => count + 1,
+    }
+}
+
+/// A merge that is being made.
+struct Run<'r, 'p> {
+    repo: &'r Repository,
+    options: &'p Options,
+    progress: &'p dyn Progress,
+    id: BackupId,
+    lease: Lease,
+    source: Manifest,
+    lengths: HashMap<PackName, u64>,
+    data: Packer,
+    map: Packer,
+    jobs: usize,
+    bytes_read: AtomicU64,
+}
+
+impl<'r, 'p> Run<'r, 'p> {
+    fn begin(repo: &'r Repository, options: &'p Options, progress: &'p dyn Progress) -> Result<(Self, u64)> {
+        let cluster = &options.cluster;
+        let chosen = repo.catalog(cluster)?.select(&options.backup)?;
+        let id = BackupId::generate(Timestamp::now())?;
+        let request = LeaseRequest { operation: Operation::Merge, run: Some(id), uses: vec![chosen.id] };
+        let lease = Lease::acquire(repo, cluster, &request, &|text| progress.notice(text))?;
+        // Now that nobody may remove it.
+        let source = repo.manifest(cluster, chosen.id)?;
+        packs_must_be_there(repo, &source)?;
+        let source_len: u64 = source.pages.iter().map(|page| u64::from(page.len)).sum();
+        let packer = |kind| Packer::new(Arc::clone(repo.store()), cluster.clone(), id, kind);
+        let processors = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let run = Self {
+            repo,
+            options,
+            progress,
+            id,
+            lease,
+            lengths: source.packs.iter().map(|pack| (pack.name, pack.len)).collect(),
+            data: packer(PackKind::Data),
+            map: packer(PackKind::Map),
+            jobs: options.jobs.unwrap_or(processors).get(),
+            bytes_read: AtomicU64::new(source_len),
+            source,
+        };
+        Ok((run, source_len))
+    }
+
+    /// Reads and checks every byte that the merged backup needs.
+    fn verify(&self) -> Result<()> {
+        let options = verify::Options { quick: false, jobs: self.options.jobs };
+        let id = self.source.id.to_string();
+        let report = verify::run(self.repo, &self.source.cluster, &id, &options, self.progress)?;
+        self.bytes_read.fetch_add(report.bytes_read, Ordering::Relaxed);
+        match report.damage.into_iter().next() {
+            None => Ok(()),
+            Some(damage) => Err(Error::corrupt(damage.object, damage.problem)
+                .hint("`pgstrata verify` tells which backups are whole; merge one of them")),
+        }
+    }
+
+    fn execute(self, begun: Instant, tables_len: u64) -> Result<Report> {
+        self.progress.begin(Phase::Merging, tables_len);
+        let mut table = TableWriter::new(&self.map, &self.source.pages);
+        let blocks = self.flatten_all(&mut table)?;
+        let (pages, needed) = table.finish()?;
+        self.map.close()?;
+        let mut own = self.data.finish()?;
+        own.extend(self.map.finish()?);
+        let known: HashMap<PackName, u64> =
+            self.lengths.into_iter().chain(own.iter().map(|pack| (pack.name, pack.len))).collect();
+        let with_len = |name: PackName| {
+            let len = known.get(&name).copied();
+            len.map(|len| PackInfo { name, len }).ok_or_else(|| Error::bug("a pack that nobody wrote"))
+        };
+        let manifest = Manifest {
+            id: self.id,
+            edition: 0,
+            synthesis: self.repo.catalog(&self.source.cluster)?.next_synthesis(self.source.sequence),
+            backup_type: BackupType::SyntheticFull,
+            parent: None,
+            merged_from: Some(self.source.id),
+            duration_ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+            blocks_changed: blocks,
+            own_bytes: own.iter().map(|pack| pack.len).sum(),
+            detector: "merge".to_owned(),
+            detector_reason: format!("made from {}", self.source.id),
+            note: self.options.note.clone().or_else(|| self.source.note.clone()),
+            packs: needed.into_iter().map(with_len).collect::<Result<_>>()?,
+            pages,
+            ..self.source
+        };
+        let manifest_len = self.repo.commit(&manifest, &self.lease)?;
+        Ok(Report {
+            backup: BackupSummary::new(&manifest, manifest_len),
+            seconds: begun.elapsed().as_secs_f64(),
+            bytes_read: self.bytes_read.into_inner(),
+            bytes_written: manifest.own_bytes + manifest_len,
+        })
+    }
+
+    /// Writes the file table with flattened maps, page by page, and counts the blocks of relation files.
+    fn flatten_all(&self, table: &mut TableWriter<'_>) -> Result<u64> {
+        let threads = rayon::ThreadPoolBuilder::new().num_threads(self.jobs).build();
+        let threads = threads.map_err(|e| Error::new(ErrorKind::Unavailable, "cannot start threads").because(e))?;
+        let mut blocks = 0;
+        for page in &self.source.pages {
+            let mut entries = read_page(&**self.repo.store(), &self.source.cluster, page)?.entries;
+            let parts = entries.par_iter_mut().flat_map_iter(|entry| &mut entry.parts);
+            threads.install(|| parts.try_for_each(|part| self.flatten(part)))?;
+            blocks += entries.iter().map(|entry| self.relation_blocks(entry)).sum::<u64>();
+            self.progress.advance(u64::from(page.len));
+            entries.into_iter().try_for_each(|entry| table.push(entry))?;
+        }
+        Ok(blocks)
+    }
+
+    fn relation_blocks(&self, entry: &FileEntry) -> u64 {
+        let is_relation = RelationFile::parse_path(&entry.path, &self.source.tablespace_version_dir()).is_some();
+        if is_relation { entry.len.div_ceil(u64::from(self.source.block_size)) } else { 0 }
+    }
+
+    /// Proves that every chunk of a part lies within its pack, and gives the part few layers.
+    fn flatten(&self, part: &mut PartMap) -> Result<()> {
+        let count = flattened_len(&part.layers);
+        let (above, below) = part.layers.split_at(count);
+        let mut packs: BTreeSet<PackName> = BTreeSet::new();
+        for place in below {
+            let layer = self.read_layer(place, Depth::Locations)?;
+            self.chunks_must_be_there(place, &layer)?;
+            packs.extend(layer.data_packs());
+        }
+        let mut flat: Option<Layer> = None;
+        for place in above {
+            let layer = self.read_layer(place, Depth::Fingerprints)?;
+            self.chunks_must_be_there(place, &layer)?;
+            flat = Some(flat.map_or_else(|| layer.clone(), |newer| newer.over(&layer)));
+        }
+        let Some(flat) = flat else { return Ok(()) };
+        if below.is_empty() && !flat.is_complete() {
+            return Err(Error::corrupt(self.source.id.to_string(), "a block map leaves blocks out"));
+        }
+        packs.extend(flat.data_packs());
+        let mut layers = vec![write_layer(&self.map, &flat)?];
+        layers.extend_from_slice(below);
+        *part = PartMap { layers, data: packs.into_iter().collect() };
+        Ok(())
+    }
+
+    fn read_layer(&self, place: &LayerPlace, depth: Depth) -> Result<Layer> {
+        let fingerprints_len = if depth == Depth::Fingerprints { place.fingerprints_len } else { 0 };
+        let len = u64::from(place.locations_len) + u64::from(fingerprints_len);
+        self.bytes_read.fetch_add(len, Ordering::Relaxed);
+        self.repo.read_layer(&self.source, place, depth)
+    }
+
+    /// A chunk that leads out of its pack would be found by a restore; a backup that lists but does not restore is none.
+    fn chunks_must_be_there(&self, place: &LayerPlace, layer: &Layer) -> Result<()> {
+        let locations = &layer.locations;
+        let lengths: Vec<Option<u64>> =
+            locations.packs.iter().map(|pack| self.lengths.get(&pack.name()).copied()).collect();
+        for chunk in &locations.chunks {
+            let len = lengths[chunk.pack as usize];
+            let end = chunk.offset.saturating_add(u64::from(chunk.stored_len)).saturating_add(PACK_END_LEN);
+            if len.is_none_or(|len| end > len) {
+                let object = place.pack.object(&self.source.cluster)?;
+                let what = format!("a block map names a chunk at {} that no pack has", chunk.offset);
+                return Err(Error::corrupt(format!("{object} at {}", place.offset), what));
+            }
+        }
+        Ok(())
+    }
 }

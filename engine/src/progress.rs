@@ -17,6 +17,12 @@ pub enum Phase {
     Syncing,
     /// Reading and checking stored bytes.
     Verifying,
+    /// Writing block maps anew.
+    Merging,
+    /// Moving stored bytes into other packs.
+    Moving,
+    /// Removing what nothing refers to.
+    Deleting,
 }
 
 /// Receives the progress of an operation, from any of its threads.

@@ -241,6 +241,11 @@ impl Manifest {
         self.block_size as usize
     }
 
+    /// The directory that PostgreSQL makes in each tablespace of the cluster.
+    pub fn tablespace_version_dir(&self) -> String {
+        format!("PG_{}_{}", self.postgres_major, self.catalog_version)
+    }
+
     /// Where the manifest is stored.
     ///
     /// # Errors
