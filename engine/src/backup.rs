@@ -24,6 +24,7 @@ mod part;
 mod rate;
 mod wal;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::os::unix::ffi::OsStrExt;
@@ -47,8 +48,8 @@ use crate::pg::{BackupLabel, ClusterState, ControlFile, Lsn, RelationFile, Timel
 use crate::progress::{Phase, Progress};
 use crate::repo::{
     BackupId, BackupSummary, BackupType, ByteString, Catalog, ClusterName, CorruptPage, FORMAT_VERSION, FileEntry,
-    FileKind, Lease, LeaseRequest, Manifest, Operation, PackInfo, PackKind, PackName, Packer, PagePlace, Repository,
-    Setting, Stack, TableWriter, TablespaceLocation, WalSpan, read_page,
+    FileKind, Lease, LeaseRequest, Manifest, Operation, PackKind, PackName, Packer, PagePlace, Repository,
+    Setting, Stack, TableWriter, TablespaceLocation, WalSpan, read_page, with_lengths,
 };
 use crate::source::{DataDir, Entry, EntryKind, Environment, FileSetting, Listing, Session, Tablespace};
 
@@ -744,7 +745,9 @@ impl<'r, 'p> Run<'r, 'p> {
         let mut own = self.data.finish()?;
         own.extend(self.map.finish()?);
         manifest.pages = pages;
-        manifest.packs = with_lengths(&needed, &own, self.plan.parent.as_ref())?;
+        let inherited = self.plan.parent.iter().flat_map(|parent| &parent.packs);
+        let lengths: HashMap<PackName, u64> = inherited.chain(&own).map(|pack| (pack.name, pack.len)).collect();
+        manifest.packs = with_lengths(&needed, |pack| lengths.get(pack).copied())?;
         manifest.sequence = self.plan.repo.catalog(&manifest.cluster)?.next_sequence();
         manifest.stop_time = whole_second(Timestamp::now());
         manifest.duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -827,18 +830,6 @@ fn whole_second(time: Timestamp) -> Timestamp {
 fn tablespace_location(found: &Tablespace) -> TablespaceLocation {
     let bytes = |link: &PathBuf| ByteString(link.as_os_str().as_bytes().to_vec());
     TablespaceLocation { oid: found.oid.as_u32(), location: found.link.as_ref().map(bytes) }
-}
-
-/// The needed packs with their lengths, which this run or its parent knows.
-fn with_lengths(needed: &[PackName], own: &[PackInfo], parent: Option<&Manifest>) -> Result<Vec<PackInfo>> {
-    let inherited: &[PackInfo] = parent.map_or(&[], |parent| &parent.packs);
-    let known: std::collections::HashMap<PackName, u64> =
-        inherited.iter().chain(own).map(|pack| (pack.name, pack.len)).collect();
-    let with_len = |name: &PackName| {
-        let len = known.get(name).copied();
-        len.map(|len| PackInfo { name: *name, len }).ok_or_else(|| Error::bug("a pack that nobody wrote"))
-    };
-    needed.iter().map(with_len).collect()
 }
 
 fn file_entry(listed: &Entry) -> FileEntry {

@@ -34,8 +34,8 @@ use crate::pg::RelationFile;
 use crate::progress::{Phase, Progress};
 use crate::repo::{
     BackupId, BackupSummary, BackupType, ClusterName, Depth, FileEntry, Layer, LayerPlace, Lease, LeaseRequest,
-    Manifest, Operation, PackInfo, PackKind, PackName, Packer, PartMap, Repository, TableWriter, read_page,
-    write_layer,
+    Manifest, Operation, PackKind, PackName, Packer, PartMap, Repository, TableWriter, read_page,
+    with_lengths, write_layer,
 };
 use crate::verify;
 
@@ -223,12 +223,8 @@ impl<'r, 'p> Run<'r, 'p> {
         self.map.close()?;
         let mut own = self.data.finish()?;
         own.extend(self.map.finish()?);
-        let known: HashMap<PackName, u64> =
+        let lengths: HashMap<PackName, u64> =
             self.lengths.into_iter().chain(own.iter().map(|pack| (pack.name, pack.len))).collect();
-        let with_len = |name: PackName| {
-            let len = known.get(&name).copied();
-            len.map(|len| PackInfo { name, len }).ok_or_else(|| Error::bug("a pack that nobody wrote"))
-        };
         let manifest = Manifest {
             id: self.id,
             edition: 0,
@@ -242,7 +238,7 @@ impl<'r, 'p> Run<'r, 'p> {
             detector: "merge".to_owned(),
             detector_reason: format!("made from {}", self.source.id),
             note: self.options.note.clone().or_else(|| self.source.note.clone()),
-            packs: needed.into_iter().map(with_len).collect::<Result<_>>()?,
+            packs: with_lengths(&needed, |pack| lengths.get(pack).copied())?,
             pages,
             ..self.source
         };

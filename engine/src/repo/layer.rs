@@ -6,6 +6,7 @@
 //! unsaid. What goes wrong: a stack that leaves a block unmapped, or extents that lead out of their chunk; decoding notices.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
@@ -210,6 +211,51 @@ impl Layer {
     }
 }
 
+impl Layer {
+    /// The blocks of this layer that are seen through `newer` ones, in ascending order.
+    #[must_use]
+    pub fn seen_through<'a>(&self, newer: impl IntoIterator<Item = &'a Locations>) -> Vec<Range<u32>> {
+        let mut extents = self.locations.extents.clone();
+        for layer in newer {
+            extents = visible(&extents, layer).into_iter().map(|(_, extent)| extent).collect();
+        }
+        union(extents.iter().map(|extent| extent.start..extent.end()).collect())
+    }
+
+    /// What this layer says of the blocks in `ranges`, which ascend and don't overlap; its length and its limit stay.
+    ///
+    /// Where nobody sees the other blocks, because newer layers hide them in every stack that the layer is in, it can take this one's place.
+    #[must_use]
+    pub fn restricted(&self, ranges: &[Range<u32>]) -> Layer {
+        let mut builder = LayerBuilder::new(self.locations.block_count);
+        builder.layer.locations.limit = self.locations.limit;
+        let mut source = Source::new(self);
+        let mut ranges = ranges.iter().peekable();
+        for (index, extent) in self.locations.extents.iter().enumerate() {
+            while ranges.next_if(|range| range.end <= extent.start).is_some() {}
+            let overlapping = ranges.clone().take_while(|range| range.start < extent.end());
+            for range in overlapping {
+                let (start, end) = (range.start.max(extent.start), range.end.min(extent.end()));
+                source.copy(index, extent.slice(start - extent.start, end - start), &mut builder);
+            }
+        }
+        builder.finish()
+    }
+}
+
+/// The ranges in ascending order, those that overlap or touch joined.
+pub(crate) fn union(mut ranges: Vec<Range<u32>>) -> Vec<Range<u32>> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut joined: Vec<Range<u32>> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
 /// The parts of `older` extents that a newer layer neither maps nor cuts off.
 fn visible(older: &[Extent], newer: &Locations) -> Vec<(usize, Extent)> {
     let mut pieces = Vec::with_capacity(older.len());
@@ -409,6 +455,21 @@ mod tests {
         fn flattening_is_associative(a in models(), b in models(), c in models()) {
             let (a, b, c) = (layer(&a), layer(&b), layer(&c));
             prop_assert_eq!(model_of(&a.over(&b).over(&c)), model_of(&a.over(&b.over(&c))));
+        }
+
+        #[test]
+        fn a_layer_without_what_nobody_sees_can_take_its_place(a in models(), b in models(), c in models()) {
+            let (a, b, c) = (layer(&a), layer(&b), layer(&c));
+            // One stack has all three, another only the lower two.
+            let seen = [c.seen_through([&b.locations, &a.locations]), c.seen_through([&b.locations])].concat();
+            let restricted = c.restricted(&union(seen));
+            prop_assert!(restricted.locations.check(8192).is_ok());
+            prop_assert_eq!(model_of(&a.over(&b).over(&restricted)), model_of(&a.over(&b).over(&c)));
+            prop_assert_eq!(model_of(&b.over(&restricted)), model_of(&b.over(&c)));
+            let alone = b.restricted(&b.seen_through([&a.locations]));
+            let blocks = |layer: &Layer| layer.locations.extents.iter().map(|e| e.count).sum::<u32>();
+            prop_assert_eq!(model_of(&a.over(&alone).over(&c)), model_of(&a.over(&b).over(&c)));
+            prop_assert!(blocks(&alone) <= blocks(&b));
         }
 
         #[test]

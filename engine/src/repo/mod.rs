@@ -21,12 +21,14 @@ use serde::{Deserialize, Serialize};
 
 pub use catalog::{BackupSummary, Catalog};
 use layer::decode_fingerprints;
+pub(crate) use layer::union;
 pub use layer::{ChunkRef, DataPack, Extent, Layer, LayerBuilder, Locations, PART_BLOCKS};
 pub use lease::{Lease, LeaseRequest, Operation};
+pub(crate) use lease::{LeaseRecord, leases, remove_lease};
 pub use manifest::{BackupType, ByteString, CorruptPage, Manifest, Setting, TablespaceLocation, WalSpan};
 pub use names::{BackupId, ClusterName, PackKind, PackName};
 pub use pack::{PackInfo, Packer, Place};
-pub(crate) use pack::{check_pack, read_record};
+pub(crate) use pack::{check_pack, read_record, with_lengths};
 pub(crate) use stack::{Stack, write_layer};
 pub use table::{FileEntry, FileKind, LayerPlace, PagePlace, PartMap, TablePage, TableWriter, read_page};
 
@@ -245,6 +247,31 @@ impl Repository {
         }
     }
 
+    /// The stored editions of a manifest with their lengths, the newest last.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub(crate) fn manifest_editions(&self, cluster: &ClusterName, id: BackupId) -> Result<Vec<(ObjectName, u64)>> {
+        let directory = names::manifests(cluster);
+        let objects = self.store.list(names::manifest(cluster, id, 0)?.as_str())?;
+        let edition = |object: &ObjectName| match names::parse_manifest(&object.as_str()[directory.len()..]) {
+            Ok((found, edition)) if found == id => Some(edition),
+            _ => None,
+        };
+        let mut editions: Vec<_> = objects.into_iter().filter_map(|o| Some((edition(&o.name)?, o.name, o.len))).collect();
+        editions.sort_unstable();
+        Ok(editions.into_iter().map(|(_, object, len)| (object, len)).collect())
+    }
+
+    /// Removes what interrupted writes of a cluster's objects left, which no listing shows; how many bytes that were.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub(crate) fn sweep(&self, cluster: &ClusterName) -> Result<u64> {
+        let prefixes = [names::manifests, names::packs, names::leases, names::pins];
+        prefixes.iter().map(|prefix| self.store.sweep(&prefix(cluster))).sum()
+    }
+
     /// The packs of a cluster that are in the store, with their lengths.
     ///
     /// # Errors
@@ -259,14 +286,7 @@ impl Repository {
     /// # Errors
     /// When the store cannot list.
     pub fn unsound_pack(&self, manifest: &Manifest) -> Result<Option<(ObjectName, String)>> {
-        let present = self.packs(&manifest.cluster)?;
-        for PackInfo { name, len } in &manifest.packs {
-            let object = name.object(&manifest.cluster)?;
-            if let Some(fault) = pack_fault(&present, &object, *len) {
-                return Ok(Some((object, fault)));
-            }
-        }
-        Ok(None)
+        unsound_among(&self.packs(&manifest.cluster)?, manifest)
     }
 
     /// Flattens the block map of a part into one complete layer.
@@ -320,6 +340,20 @@ fn unseal<T: DeserializeOwned>(bytes: &[u8], object: &str) -> Result<T> {
         return Err(damaged("it does not match its checksum"));
     }
     serde_json::from_str(line).map_err(|e| damaged("it does not decode").because(e))
+}
+
+/// The first pack of a backup that is not among those present, or not of the right length, and what is wrong with it.
+pub(crate) fn unsound_among(
+    present: &HashMap<ObjectName, u64>,
+    manifest: &Manifest,
+) -> Result<Option<(ObjectName, String)>> {
+    for PackInfo { name, len } in &manifest.packs {
+        let object = name.object(&manifest.cluster)?;
+        if let Some(fault) = pack_fault(present, &object, *len) {
+            return Ok(Some((object, fault)));
+        }
+    }
+    Ok(None)
 }
 
 /// What is wrong with a pack that shall have `len` bytes, as far as a listing tells.

@@ -175,6 +175,19 @@ impl PackName {
         };
         ObjectName::new(format!("clusters/{cluster}/packs/{}/{:06}.{suffix}", self.run, self.seq))
     }
+
+    /// The pack that an object of the cluster is; `None` if it is something else.
+    pub fn parse(object: &ObjectName, cluster: &ClusterName) -> Option<Self> {
+        let (run, file) = object.as_str().strip_prefix(&packs(cluster))?.split_once('/')?;
+        let (seq, suffix) = file.split_once('.')?;
+        let kind = match suffix {
+            "data" => PackKind::Data,
+            "map" => PackKind::Map,
+            _ => return None,
+        };
+        let pack = Self { run: run.parse().ok()?, seq: seq.parse().ok()?, kind };
+        pack.object(cluster).is_ok_and(|name| name == *object).then_some(pack)
+    }
 }
 
 /// The prefix of a cluster's manifests.
@@ -259,6 +272,20 @@ mod tests {
         for text in ["20261122T160312Z-1a2b3c4d.0", "20261122T160312Z-1a2b3c4d.01", "20261122T160312Z-1a2b3c4d.", ".1"]
         {
             assert!(parse_manifest(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_packs_name_reads_back_and_nothing_else_does() {
+        let cluster = ClusterName::default();
+        let run = "20261122T160312Z-1a2b3c4d".parse().unwrap();
+        for kind in [PackKind::Data, PackKind::Map] {
+            let pack = PackName { run, seq: 7, kind };
+            assert_eq!(PackName::parse(&pack.object(&cluster).unwrap(), &cluster), Some(pack));
+        }
+        for text in ["packs/20261122T160312Z-1a2b3c4d/7.data", "packs/20261122T160312Z-1a2b3c4d/000007.dat", "packs/x"] {
+            let object = ObjectName::new(format!("clusters/main/{text}")).unwrap();
+            assert_eq!(PackName::parse(&object, &cluster), None);
         }
     }
 

@@ -48,6 +48,18 @@ pub struct PackInfo {
     pub len: u64,
 }
 
+/// The packs with their lengths, of which somebody must know each.
+///
+/// # Errors
+/// `Bug` if nobody does.
+pub(crate) fn with_lengths(packs: &[PackName], known: impl Fn(&PackName) -> Option<u64>) -> Result<Vec<PackInfo>> {
+    let with_len = |name: &PackName| {
+        let len = known(name).ok_or_else(|| Error::bug("a pack that nobody wrote"))?;
+        Ok(PackInfo { name: *name, len })
+    };
+    packs.iter().map(with_len).collect()
+}
+
 /// Where a record is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
