@@ -6,6 +6,8 @@ pub mod detect;
 pub mod error;
 pub mod pg;
 pub mod progress;
+#[cfg_attr(not(test), expect(dead_code, reason = "for merge, expire and export"))]
+mod repack;
 pub mod repo;
 pub mod restore;
 pub mod source;

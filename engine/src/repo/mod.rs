@@ -22,7 +22,7 @@ pub use layer::{ChunkRef, DataPack, Extent, Layer, LayerBuilder, Locations, PART
 pub(crate) use layer::{decode_fingerprints, encode_fingerprints};
 pub use manifest::{BackupType, ByteString, CorruptPage, Manifest, Setting, TablespaceLocation, WalSpan};
 pub use names::{BackupId, ClusterName, PackKind, PackName};
-pub use pack::{PackInfo, Packer, Place};
+pub use pack::{Finished, PackInfo, Packer, Place};
 pub(crate) use pack::{PackTable, RECORD_CHECK_LEN, check_pack, read_record};
 pub use table::{FileEntry, FileKind, LayerPlace, PagePlace, PartMap, TablePage, TableWriter, read_page};
 

@@ -76,7 +76,7 @@ pub struct Packer {
 
 /// The packs of a run that is done.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Finished {
+pub struct Finished {
     /// All of them, in order; those that an interrupted run stored, too.
     pub packs: Vec<PackInfo>,
     /// Bytes that this run stored itself.
@@ -132,12 +132,7 @@ impl Packer {
     ///
     /// # Errors
     /// When the store cannot list.
-    pub(crate) fn resuming(
-        store: Arc<dyn Store>,
-        cluster: ClusterName,
-        run: BackupId,
-        kind: PackKind,
-    ) -> Result<Self> {
+    pub fn resuming(store: Arc<dyn Store>, cluster: ClusterName, run: BackupId, kind: PackKind) -> Result<Self> {
         let objects = store.list(&format!("{}{run}/", super::names::packs(&cluster)))?;
         let mut packer = Self::new(store, cluster, run, kind);
         packer.there = objects.into_iter().map(|object| (object.name, object.len)).collect();
@@ -244,7 +239,7 @@ impl Packer {
     ///
     /// # Errors
     /// What the store said about any of them; `Conflict` if an interrupted run stored another pack.
-    pub(crate) fn finish_resumed(self) -> Result<Finished> {
+    pub fn finish_resumed(self) -> Result<Finished> {
         let mut state = self.lock();
         state.close_pack()?;
         state.wait_until_closing(0)?;
