@@ -48,8 +48,8 @@ use crate::pg::{BackupLabel, ClusterState, ControlFile, Lsn, RelationFile, Timel
 use crate::progress::{Phase, Progress};
 use crate::repo::{
     BackupId, BackupSummary, BackupType, ByteString, Catalog, ClusterName, CorruptPage, FORMAT_VERSION, FileEntry,
-    FileKind, Lease, LeaseRequest, Manifest, Operation, PackKind, PackName, Packer, PagePlace, Repository,
-    Setting, Stack, TableWriter, TablespaceLocation, WalSpan, read_page, with_lengths,
+    FileKind, Lease, LeaseRequest, Manifest, Operation, PackKind, PackName, Packer, PagePlace, Repository, Setting,
+    Stack, TableWriter, TablespaceLocation, WalSpan, read_page, with_lengths,
 };
 use crate::source::{DataDir, Entry, EntryKind, Environment, FileSetting, Listing, Session, Tablespace};
 

@@ -35,8 +35,8 @@ use crate::chunk::Compression;
 use crate::error::Result;
 use crate::progress::{Phase, Progress};
 use crate::repo::{
-    BackupId, BackupSummary, Catalog, ClusterName, Lease, LeaseRecord, LeaseRequest, Operation, PackName, Repository, leases,
-    remove_lease,
+    BackupId, BackupSummary, Catalog, ClusterName, Lease, LeaseRecord, LeaseRequest, Operation, PackName, Repository,
+    leases, remove_lease,
 };
 use crate::store::ObjectName;
 
@@ -145,7 +145,8 @@ pub fn run(repo: &Repository, options: &Options, progress: &dyn Progress) -> Res
     let request = LeaseRequest { operation: Operation::Expire, run: None, uses: Vec::new() };
     let lease = Lease::acquire(repo, &options.cluster, &request, &|text| progress.notice(text))?;
     let scene = Scene::read(repo, &options.cluster)?;
-    let mut collector = Collector { repo, cluster: &options.cluster, lease: &lease, progress, report: Report::default() };
+    let mut collector =
+        Collector { repo, cluster: &options.cluster, lease: &lease, progress, report: Report::default() };
     progress.begin(Phase::Deleting, 0);
     collector.break_stale_leases(&scene)?;
     let mut decision = decide::decide(repo, &scene, options)?;
@@ -278,7 +279,8 @@ impl Collector<'_> {
                 self.remove_old_editions(backup.id)?;
             }
         }
-        let order: HashMap<BackupId, usize> = scene.catalog.backups().iter().enumerate().map(|(at, b)| (b.id, at)).collect();
+        let order: HashMap<BackupId, usize> =
+            scene.catalog.backups().iter().enumerate().map(|(at, b)| (b.id, at)).collect();
         decision.kept.sort_by_key(|kept| order.get(&kept.id).copied());
         Ok(())
     }
@@ -336,7 +338,8 @@ impl Collector<'_> {
             return Ok(());
         }
         let Self { repo, cluster, lease, progress, .. } = *self;
-        let vacating = Vacating { repo, cluster, survey: &survey, usage: &usage, vacated: &vacated, options, lease, progress };
+        let vacating =
+            Vacating { repo, cluster, survey: &survey, usage: &usage, vacated: &vacated, options, lease, progress };
         let moved = vacating.run()?;
         self.report.bytes_read += moved.bytes_read;
         self.report.bytes_written += moved.bytes_written;

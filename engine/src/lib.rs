@@ -10,6 +10,7 @@ pub mod merge;
 pub mod pg;
 pub mod pin;
 pub mod progress;
+mod repack;
 pub mod repo;
 pub mod restore;
 pub mod source;

@@ -34,8 +34,8 @@ use crate::pg::RelationFile;
 use crate::progress::{Phase, Progress};
 use crate::repo::{
     BackupId, BackupSummary, BackupType, ClusterName, Depth, FileEntry, Layer, LayerPlace, Lease, LeaseRequest,
-    Manifest, Operation, PackKind, PackName, Packer, PartMap, Repository, TableWriter, read_page,
-    with_lengths, write_layer,
+    Manifest, Operation, PackKind, PackName, Packer, PartMap, Repository, TableWriter, read_page, with_lengths,
+    write_layer,
 };
 use crate::verify;
 

@@ -20,8 +20,8 @@ use crate::error::{Error, Result};
 use crate::progress::{Phase, Progress};
 use crate::repack::Mover;
 use crate::repo::{
-    BackupId, ClusterName, DataPack, Depth, Layer, LayerPlace, Lease, Locations, Manifest, PackKind, PackName,
-    Packer, PagePlace, PartMap, Place, Repository, TableWriter, read_page, union, with_lengths, write_layer,
+    BackupId, ClusterName, DataPack, Depth, Layer, LayerPlace, Lease, Locations, Manifest, PackKind, PackName, Packer,
+    PagePlace, PartMap, Place, Repository, TableWriter, read_page, union, with_lengths, write_layer,
 };
 
 /// What moving cost.
@@ -120,7 +120,8 @@ impl Vacating<'_> {
         for stack in &self.usage.stacks {
             for (depth, place) in stack.map.layers.iter().enumerate() {
                 let Some(packs) = packs_of.get(&key(place)) else { continue };
-                let must_go = self.vacated.contains(&place.pack) || packs.iter().any(|pack| self.vacated.contains(pack));
+                let must_go =
+                    self.vacated.contains(&place.pack) || packs.iter().any(|pack| self.vacated.contains(pack));
                 if !must_go {
                     continue;
                 }

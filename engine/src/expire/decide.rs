@@ -90,16 +90,12 @@ fn by_policy(policy: &Policy, scene: &Scene, candidates: &mut [Candidate<'_>]) {
 }
 
 /// Leaves the named ones without a reason to stay; the damaged manifests among them.
-fn by_name(
-    specs: &[String],
-    scene: &Scene,
-    force: bool,
-    candidates: &mut [Candidate<'_>],
-) -> Result<Vec<ObjectName>> {
+fn by_name(specs: &[String], scene: &Scene, force: bool, candidates: &mut [Candidate<'_>]) -> Result<Vec<ObjectName>> {
     let mut damaged = Vec::new();
     let mut named = Vec::new();
     for spec in specs {
-        let unreadable = scene.catalog.damaged().iter().find(|(object, _)| last_component(object).starts_with(spec.as_str()));
+        let unreadable =
+            scene.catalog.damaged().iter().find(|(object, _)| last_component(object).starts_with(spec.as_str()));
         match unreadable {
             Some((object, _)) if force && !spec.is_empty() => damaged.push(object.clone()),
             _ => named.push(scene.catalog.select(spec)?.id),

@@ -75,8 +75,12 @@ impl Usage {
             }
         }
         let kept: BTreeSet<BackupId> = survey.backups.iter().copied().collect();
-        let of_kept: Vec<_> =
-            usage.packs.keys().filter(|pack| pack.kind == PackKind::Data && kept.contains(&pack.run)).copied().collect();
+        let of_kept: Vec<_> = usage
+            .packs
+            .keys()
+            .filter(|pack| pack.kind == PackKind::Data && kept.contains(&pack.run))
+            .copied()
+            .collect();
         of_kept.into_iter().for_each(|pack| usage.fix(pack));
         usage.stacks.sort_unstable_by(|a, b| (&a.path, a.part).cmp(&(&b.path, b.part)));
         usage.count_blocks(repo)?;

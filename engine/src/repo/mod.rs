@@ -27,8 +27,8 @@ pub use lease::{Lease, LeaseRequest, Operation};
 pub(crate) use lease::{LeaseRecord, leases, remove_lease};
 pub use manifest::{BackupType, ByteString, CorruptPage, Manifest, Setting, TablespaceLocation, WalSpan};
 pub use names::{BackupId, ClusterName, PackKind, PackName};
-pub use pack::{PackInfo, Packer, Place};
-pub(crate) use pack::{check_pack, read_record, with_lengths};
+pub use pack::{Finished, PackInfo, Packer, Place};
+pub(crate) use pack::{PackTable, check_pack, read_record, with_lengths};
 pub(crate) use stack::{Stack, write_layer};
 pub use table::{FileEntry, FileKind, LayerPlace, PagePlace, PartMap, TablePage, TableWriter, read_page};
 
@@ -258,7 +258,8 @@ impl Repository {
             Ok((found, edition)) if found == id => Some(edition),
             _ => None,
         };
-        let mut editions: Vec<_> = objects.into_iter().filter_map(|o| Some((edition(&o.name)?, o.name, o.len))).collect();
+        let mut editions: Vec<_> =
+            objects.into_iter().filter_map(|o| Some((edition(&o.name)?, o.name, o.len))).collect();
         editions.sort_unstable();
         Ok(editions.into_iter().map(|(_, object, len)| (object, len)).collect())
     }

@@ -283,7 +283,8 @@ mod tests {
             let pack = PackName { run, seq: 7, kind };
             assert_eq!(PackName::parse(&pack.object(&cluster).unwrap(), &cluster), Some(pack));
         }
-        for text in ["packs/20261122T160312Z-1a2b3c4d/7.data", "packs/20261122T160312Z-1a2b3c4d/000007.dat", "packs/x"] {
+        for text in ["packs/20261122T160312Z-1a2b3c4d/7.data", "packs/20261122T160312Z-1a2b3c4d/000007.dat", "packs/x"]
+        {
             let object = ObjectName::new(format!("clusters/main/{text}")).unwrap();
             assert_eq!(PackName::parse(&object, &cluster), None);
         }

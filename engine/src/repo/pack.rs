@@ -5,10 +5,15 @@
 //! when the store is slower. When a pack is full the next one begins while the full one is still being made durable; at most
 //! [`PACKS_IN_FLIGHT`] are on their way.
 //!
+//! Resuming: an interrupted run whose work is repeated record by record ([`Packer::resuming`]) finds the packs that it did finish under their
+//! names. Their bytes are not stored again. Only the table of such a pack is put together, and compared with the stored one when the pack
+//! is closed: it has a checksum of every record, so equal tables are equal packs.
+//!
 //! What goes wrong: a store that fails, noticed by its thread and reported to whoever appends next or finishes; a run that stops
-//! in the middle, whose open pack is never given a name, because its end was never announced to the store.
+//! in the middle, whose open pack is never given a name, because its end was never announced to the store; an interrupted run that
+//! stored something else, noticed when the pack is closed, before anything refers to it.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, BufRead, Read};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -61,7 +66,7 @@ pub(crate) fn with_lengths(packs: &[PackName], known: impl Fn(&PackName) -> Opti
 }
 
 /// Where a record is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Place {
     /// The pack.
     pub pack: PackName,
@@ -75,30 +80,53 @@ pub struct Packer {
     cluster: ClusterName,
     run: BackupId,
     kind: PackKind,
+    pack_len: u64,
+    /// The packs that an interrupted run stored, with their lengths.
+    there: HashMap<ObjectName, u64>,
     state: Mutex<State>,
+}
+
+/// The packs of a run that is done.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Finished {
+    /// All of them, in order; those that an interrupted run stored, too.
+    pub packs: Vec<PackInfo>,
+    /// Bytes that this run stored itself.
+    pub bytes_written: u64,
 }
 
 #[derive(Default)]
 struct State {
     next_seq: u32,
     open: Option<OpenPack>,
-    closing: VecDeque<Writer>,
+    closing: VecDeque<Closing>,
     finished: Vec<PackInfo>,
+    bytes_written: u64,
 }
 
 struct OpenPack {
+    name: PackName,
     object: ObjectName,
     offset: u64,
     table: Vec<u8>,
     count: u32,
-    buffer: Vec<u8>,
-    sender: Sender<Message>,
-    writer: Writer,
+    sink: Sink,
 }
 
-struct Writer {
-    name: PackName,
-    thread: JoinHandle<Result<u64>>,
+/// Where the bytes of an open pack go.
+enum Sink {
+    /// To the thread that stores them.
+    Thread { buffer: Vec<u8>, sender: Sender<Message>, thread: JoinHandle<Result<u64>> },
+    /// Nowhere: the object is in the store, with so many bytes.
+    There { store: Arc<dyn Store>, len: u64 },
+}
+
+/// A pack that takes no more records.
+enum Closing {
+    /// It is being made durable.
+    Stored { name: PackName, thread: JoinHandle<Result<u64>> },
+    /// It was durable before, and is what it should be.
+    There(PackInfo),
 }
 
 enum Message {
@@ -109,7 +137,25 @@ enum Message {
 impl Packer {
     /// A packer for the run `run`.
     pub fn new(store: Arc<dyn Store>, cluster: ClusterName, run: BackupId, kind: PackKind) -> Self {
-        Self { store, cluster, run, kind, state: Mutex::default() }
+        Self { store, cluster, run, kind, pack_len: PACK_LEN, there: HashMap::new(), state: Mutex::default() }
+    }
+
+    /// A packer for the run `run`, which was interrupted and is repeated record by record: packs that are in the store are not stored again.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub fn resuming(store: Arc<dyn Store>, cluster: ClusterName, run: BackupId, kind: PackKind) -> Result<Self> {
+        let objects = store.list(&super::names::packs_of(&cluster, run))?;
+        let mut packer = Self::new(store, cluster, run, kind);
+        packer.there = objects.into_iter().map(|object| (object.name, object.len)).collect();
+        Ok(packer)
+    }
+
+    /// The same with packs that are full after `pack_len` bytes.
+    #[cfg(test)]
+    pub(crate) fn with_pack_len(mut self, pack_len: u64) -> Self {
+        self.pack_len = pack_len;
+        self
     }
 
     /// Appends a chunk.
@@ -118,7 +164,14 @@ impl Packer {
     /// What the store says.
     pub fn append(&self, record: &[u8]) -> Result<Place> {
         // Outside of the lock, which all workers want.
-        let hash = hash16(record);
+        self.append_hashed(record, hash16(record))
+    }
+
+    /// Appends a chunk whose `H16` is known.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub(crate) fn append_hashed(&self, record: &[u8], hash: [u8; 16]) -> Result<Place> {
         let mut state = self.lock();
         self.make_room(&mut state)?;
         state.append(record, hash)
@@ -148,7 +201,7 @@ impl Packer {
 
     /// Sees to it that a pack with room is open.
     fn make_room(&self, state: &mut State) -> Result<()> {
-        if state.open.as_ref().is_some_and(|pack| pack.offset >= PACK_LEN) {
+        if state.open.as_ref().is_some_and(|pack| pack.offset >= self.pack_len) {
             state.close_pack()?;
         }
         if state.open.is_none() {
@@ -161,15 +214,21 @@ impl Packer {
     fn open_pack(&self, seq: u32) -> Result<OpenPack> {
         let name = PackName { run: self.run, seq, kind: self.kind };
         let object = name.object(&self.cluster)?;
+        let sink = match self.there.get(&object) {
+            Some(len) => Sink::There { store: Arc::clone(&self.store), len: *len },
+            None => self.open_sink(seq, object.clone())?,
+        };
+        Ok(OpenPack { name, object, offset: HEADER_LEN, table: Vec::new(), count: 0, sink })
+    }
+
+    fn open_sink(&self, seq: u32, object: ObjectName) -> Result<Sink> {
         let (sender, receiver) = bounded(BUFFERS_IN_FLIGHT);
-        let (store, target) = (Arc::clone(&self.store), object.clone());
+        let store = Arc::clone(&self.store);
         let thread = std::thread::Builder::new()
             .name(format!("pack {seq}"))
-            .spawn(move || store.put_new(&target, &mut Incoming { receiver, bytes: Vec::new(), read: 0, ended: false }))
+            .spawn(move || store.put_new(&object, &mut Incoming { receiver, bytes: Vec::new(), read: 0, ended: false }))
             .map_err(|e| Error::new(ErrorKind::Unavailable, "cannot start a thread").because(e))?;
-        let writer = Writer { name, thread };
-        let buffer = header(self.kind).to_vec();
-        Ok(OpenPack { object, offset: HEADER_LEN, table: Vec::new(), count: 0, buffer, sender, writer })
+        Ok(Sink::Thread { buffer: header(self.kind).to_vec(), sender, thread })
     }
 
     /// Closes the open pack: what is appended from now on goes to a new one, and this one is made durable meanwhile.
@@ -185,13 +244,18 @@ impl Packer {
     /// # Errors
     /// What the store said about any of them.
     pub fn finish(self) -> Result<Vec<PackInfo>> {
+        self.finish_resumed().map(|finished| finished.packs)
+    }
+
+    /// As [`Packer::finish`], and says how much of it this run stored.
+    ///
+    /// # Errors
+    /// What the store said about any of them; `Conflict` if an interrupted run stored another pack.
+    pub fn finish_resumed(self) -> Result<Finished> {
         let mut state = self.lock();
         state.close_pack()?;
-        while let Some(writer) = state.closing.pop_front() {
-            let pack = writer.wait()?;
-            state.finished.push(pack);
-        }
-        Ok(std::mem::take(&mut state.finished))
+        state.wait_until_closing(0)?;
+        Ok(Finished { packs: std::mem::take(&mut state.finished), bytes_written: state.bytes_written })
     }
 }
 
@@ -199,13 +263,17 @@ impl Drop for Packer {
     /// Waits for the threads of a run that was given up, so that no temporary file outlives it.
     fn drop(&mut self) {
         let mut state = std::mem::take(&mut *self.lock());
-        let open = state.open.take().map(|OpenPack { sender, writer, .. }| {
-            drop(sender);
-            writer
+        let open = state.open.take().and_then(|pack| match pack.sink {
+            Sink::Thread { thread, .. } => Some(thread),
+            Sink::There { .. } => None,
         });
-        for writer in state.closing.into_iter().chain(open) {
+        let closing = state.closing.into_iter().filter_map(|closing| match closing {
+            Closing::Stored { thread, .. } => Some(thread),
+            Closing::There(_) => None,
+        });
+        for thread in closing.chain(open) {
             // The run has its own error; that its packs ended badly is no news.
-            let _ = writer.thread.join();
+            let _ = thread.join();
         }
     }
 }
@@ -213,52 +281,99 @@ impl Drop for Packer {
 impl State {
     fn append(&mut self, record: &[u8], hash: [u8; 16]) -> Result<Place> {
         let Some(pack) = &mut self.open else { return Err(Error::bug("no open pack")) };
-        let place = Place { pack: pack.writer.name, offset: pack.offset };
+        let place = Place { pack: pack.name, offset: pack.offset };
         let len = u32::try_from(record.len()).map_err(|_| Error::bug("a record of 4 GiB or more"))?;
         pack.table.extend_from_slice(&len.to_le_bytes());
         pack.table.extend_from_slice(&hash);
         pack.count += 1;
         pack.offset += u64::from(len);
-        pack.buffer.extend_from_slice(record);
-        if pack.buffer.len() >= BUFFER_LEN {
-            let full = std::mem::replace(&mut pack.buffer, Vec::with_capacity(BUFFER_LEN + BUFFER_LEN / 4));
-            if pack.sender.send(Message::Bytes(full)).is_err() {
-                return Err(self.why_the_writer_stopped());
-            }
-        }
-        Ok(place)
+        if pack.sink.take(record) { Ok(place) } else { Err(self.why_the_writer_stopped()) }
     }
 
     fn close_pack(&mut self) -> Result<()> {
         let Some(pack) = self.open.take() else { return Ok(()) };
-        let kind = pack.writer.name.kind;
-        let end = trailer(&pack.object, kind, &pack.table, pack.offset, pack.count);
-        let rest = [pack.buffer, end].concat();
-        let told = pack.sender.send(Message::Bytes(rest)).and_then(|()| pack.sender.send(Message::End));
-        self.closing.push_back(pack.writer);
-        if told.is_err() {
-            return Err(self.why_the_writer_stopped());
+        let end = trailer(&pack.object, pack.name.kind, &pack.table, pack.offset, pack.count);
+        let (closing, told) = match pack.sink {
+            Sink::Thread { buffer, sender, thread } => {
+                let rest = [buffer, end].concat();
+                let told = sender.send(Message::Bytes(rest)).and_then(|()| sender.send(Message::End));
+                (Closing::Stored { name: pack.name, thread }, told.is_ok())
+            }
+            Sink::There { store, len } => {
+                check_resumed(&*store, &pack.object, len, pack.offset, &end)?;
+                (Closing::There(PackInfo { name: pack.name, len }), true)
+            }
+        };
+        self.closing.push_back(closing);
+        if told { self.wait_until_closing(PACKS_IN_FLIGHT - 1) } else { Err(self.why_the_writer_stopped()) }
+    }
+
+    /// Waits until no more than `count` packs are being made durable.
+    fn wait_until_closing(&mut self, count: usize) -> Result<()> {
+        while self.closing.len() > count {
+            let Some(closing) = self.closing.pop_front() else { break };
+            self.finish_pack(closing)?;
         }
-        while self.closing.len() >= PACKS_IN_FLIGHT {
-            let Some(writer) = self.closing.pop_front() else { break };
-            self.finished.push(writer.wait()?);
-        }
+        Ok(())
+    }
+
+    fn finish_pack(&mut self, closing: Closing) -> Result<()> {
+        let pack = match closing {
+            Closing::There(pack) => pack,
+            Closing::Stored { name, thread } => {
+                let len = join(thread)?;
+                self.bytes_written += len;
+                PackInfo { name, len }
+            }
+        };
+        self.finished.push(pack);
         Ok(())
     }
 
     /// The error of the writer that no longer takes records: the newest one.
     fn why_the_writer_stopped(&mut self) -> Error {
-        let writer = self.open.take().map(|pack| pack.writer).or_else(|| self.closing.pop_back());
-        let error = writer.and_then(|writer| writer.wait().err());
+        let open = self.open.take().and_then(|pack| match pack.sink {
+            Sink::Thread { thread, .. } => Some(thread),
+            Sink::There { .. } => None,
+        });
+        let thread = open.or_else(|| match self.closing.pop_back() {
+            Some(Closing::Stored { thread, .. }) => Some(thread),
+            _ => None,
+        });
+        let error = thread.and_then(|thread| join(thread).err());
         error.unwrap_or_else(|| Error::new(ErrorKind::Unavailable, "an earlier write to the repository failed"))
     }
 }
 
-impl Writer {
-    fn wait(self) -> Result<PackInfo> {
-        let len = self.thread.join().map_err(|_| Error::bug("the thread that writes a pack panicked"))??;
-        Ok(PackInfo { name: self.name, len })
+impl Sink {
+    /// Takes a record; whether whoever stores it still does.
+    fn take(&mut self, record: &[u8]) -> bool {
+        let Sink::Thread { buffer, sender, .. } = self else { return true };
+        buffer.extend_from_slice(record);
+        if buffer.len() < BUFFER_LEN {
+            return true;
+        }
+        let full = std::mem::replace(buffer, Vec::with_capacity(BUFFER_LEN + BUFFER_LEN / 4));
+        sender.send(Message::Bytes(full)).is_ok()
     }
+}
+
+fn join(thread: JoinHandle<Result<u64>>) -> Result<u64> {
+    thread.join().map_err(|_| Error::bug("the thread that writes a pack panicked"))?
+}
+
+/// Compares the end of a pack that is in the store with the one that it should have.
+fn check_resumed(store: &dyn Store, object: &ObjectName, len: u64, table_offset: u64, end: &[u8]) -> Result<()> {
+    let mut found = vec![0; end.len()];
+    let same = len == table_offset + end.len() as u64 && {
+        store.get_range(object, table_offset, &mut found)?;
+        found == end
+    };
+    if same {
+        return Ok(());
+    }
+    let conflict = Error::new(ErrorKind::Conflict, "an interrupted run left another pack there").at(object.as_str());
+    Err(conflict.hint("remove the packs of that run if no backup needs them, and run the command again"))
 }
 
 /// What a pack's thread streams into the store; it ends well only after [`Message::End`].
@@ -369,14 +484,59 @@ pub(crate) fn check_pack(
     let mut offset = HEADER_LEN;
     let mut bytes = Vec::new();
     for entry in table.chunks_exact(TABLE_ENTRY_LEN) {
-        let (record_len, check) = entry.split_at(4);
-        let record_len = u32::from_le_bytes(record_len.try_into().unwrap_or_default());
+        let record_len = record_len(entry);
         bytes.resize(record_len as usize, 0);
         store.get_range(object, offset, &mut bytes)?;
-        each(CheckedRecord { offset, bytes: &bytes, sound: hash16(&bytes) == check })?;
+        each(CheckedRecord { offset, bytes: &bytes, sound: hash16(&bytes) == entry[4..] })?;
         offset += u64::from(record_len);
     }
     Ok(())
+}
+
+/// What a pack's own table says of its records.
+#[derive(Debug)]
+pub(crate) struct PackTable {
+    offsets: Vec<u64>,
+    entries: Vec<u8>,
+}
+
+impl PackTable {
+    /// Reads and proves the table of a pack of `len` bytes.
+    ///
+    /// # Errors
+    /// `Missing`, or `Corrupt` if the frame around the records is damaged.
+    pub fn read(store: &dyn Store, object: &ObjectName, kind: PackKind, len: u64) -> Result<Self> {
+        let entries = read_table(store, object, kind, len)?;
+        let mut next = HEADER_LEN;
+        let offsets = entries.chunks_exact(TABLE_ENTRY_LEN).map(|entry| {
+            let offset = next;
+            next += u64::from(record_len(entry));
+            offset
+        });
+        Ok(Self { offsets: offsets.collect(), entries })
+    }
+
+    /// Length and `H16` of the record that begins at `offset`.
+    pub fn record(&self, offset: u64) -> Option<(u32, &[u8])> {
+        // Records of no bytes share their offset with the next one, which comes last.
+        let index = self.offsets.partition_point(|begin| *begin <= offset).checked_sub(1)?;
+        let entry = self.entries.chunks_exact(TABLE_ENTRY_LEN).nth(index)?;
+        (self.offsets[index] == offset).then(|| (record_len(entry), &entry[4..]))
+    }
+
+    /// Number of records.
+    pub fn record_count(&self) -> usize {
+        self.offsets.len()
+    }
+
+    /// Bytes that were read for it.
+    pub fn read_len(&self) -> u64 {
+        HEADER_LEN + self.entries.len() as u64 + FOOTER_LEN as u64
+    }
+}
+
+fn record_len(entry: &[u8]) -> u32 {
+    u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]])
 }
 
 /// Reads and proves the frame of a pack; the records are known to fill the space before the table.
@@ -405,8 +565,7 @@ fn read_table(store: &dyn Store, object: &ObjectName, kind: PackKind, len: u64) 
         return Err(Error::new(ErrorKind::Unsupported, "the pack is of another version or kind").at(object.as_str()));
     }
     end.truncate(table_len as usize);
-    let record_lens =
-        end.chunks_exact(TABLE_ENTRY_LEN).map(|e| u64::from(u32::from_le_bytes([e[0], e[1], e[2], e[3]])));
+    let record_lens = end.chunks_exact(TABLE_ENTRY_LEN).map(|entry| u64::from(record_len(entry)));
     if HEADER_LEN + record_lens.sum::<u64>() != table_offset {
         return Err(damaged("the pack's records do not fill it"));
     }
@@ -488,6 +647,70 @@ mod tests {
         packer.append(&[1; 1000]).unwrap();
         drop(packer);
         assert_eq!(store.list("").unwrap(), []);
+    }
+
+    /// Five records in packs of two.
+    fn run_of_five(packer: Packer, last: &[u8]) -> Result<Finished> {
+        let packer = packer.with_pack_len(HEADER_LEN + 150);
+        for record in [&[1; 100], &[2; 100], &[3; 100], &[4; 100], last] {
+            packer.append(record)?;
+        }
+        packer.finish_resumed()
+    }
+
+    fn resuming(store: &MemoryStore) -> Packer {
+        Packer::resuming(Arc::new(store.clone()), ClusterName::default(), id(), PackKind::Data).unwrap()
+    }
+
+    #[test]
+    fn a_resumed_run_stores_only_the_packs_that_are_not_there_and_ends_as_if_never_interrupted() {
+        let whole = MemoryStore::new();
+        let all = run_of_five(resuming(&whole), b"last").unwrap();
+        assert_eq!(all.packs.len(), 3);
+        assert_eq!(all.bytes_written, all.packs.iter().map(|pack| pack.len).sum::<u64>());
+        let objects = whole.list("").unwrap();
+        for there in 0..1 << objects.len() {
+            let store = MemoryStore::new();
+            for (index, object) in objects.iter().enumerate().filter(|(index, _)| there >> index & 1 == 1) {
+                let bytes = whole.get(&object.name, object.len).unwrap();
+                assert_eq!(store.put_new(&object.name, &mut bytes.as_slice()).unwrap(), all.packs[index].len);
+            }
+            let kept: u64 = store.list("").unwrap().iter().map(|object| object.len).sum();
+            let resumed = run_of_five(resuming(&store), b"last").unwrap();
+            assert_eq!(resumed.packs, all.packs);
+            assert_eq!(resumed.bytes_written, all.bytes_written - kept);
+            for object in &objects {
+                assert_eq!(store.get(&object.name, object.len).unwrap(), whole.get(&object.name, object.len).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn a_pack_that_an_interrupted_run_wrote_otherwise_is_a_conflict() {
+        for other in [&b"tsal"[..], b"another length", b""] {
+            let store = MemoryStore::new();
+            run_of_five(resuming(&store), other).unwrap();
+            let error = run_of_five(resuming(&store), b"last").unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+            assert!(error.place().unwrap().ends_with("000002.data"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_table_knows_its_records_by_their_offsets() {
+        let store = MemoryStore::new();
+        let packer = Packer::new(Arc::new(store.clone()), ClusterName::default(), id(), PackKind::Data);
+        let records = [&b"one"[..], b"", b"second"];
+        let places = records.map(|record| packer.append(record).unwrap());
+        let pack = packer.finish().unwrap()[0];
+        let object = pack.name.object(&ClusterName::default()).unwrap();
+        let table = PackTable::read(&store, &object, PackKind::Data, pack.len).unwrap();
+        assert_eq!(table.record_count(), 3);
+        assert_eq!(table.record(places[0].offset), Some((3, &hash16(b"one")[..])));
+        assert_eq!(table.record(places[2].offset), Some((6, &hash16(b"second")[..])));
+        assert_eq!(table.record(places[0].offset + 1), None);
+        assert_eq!(table.record(0), None);
+        assert_eq!(table.record(1000), None);
     }
 
     #[test]
