@@ -49,7 +49,7 @@ use crate::progress::{Phase, Progress};
 use crate::repo::{
     BackupId, BackupSummary, BackupType, ByteString, Catalog, ClusterName, CorruptPage, FORMAT_VERSION, FileEntry,
     FileKind, Lease, LeaseRequest, Manifest, Operation, PackKind, PackName, Packer, PagePlace, Repository, Setting,
-    Stack, TableWriter, TablespaceLocation, WalSpan, read_page, with_lengths,
+    Stack, TableCursor, TableWriter, TablespaceLocation, WalSpan, with_lengths,
 };
 use crate::source::{DataDir, Entry, EntryKind, Environment, FileSetting, Listing, Session, Tablespace};
 
@@ -542,7 +542,7 @@ impl<'r, 'p> Run<'r, 'p> {
     /// Copies everything of the data directory but `pg_control`.
     fn copy_cluster(&self, listing: &Listing, judge: Option<&Judge>) -> Result<Vec<FileEntry>> {
         let version_dir = self.plan.control.tablespace_version_dir();
-        let mut parent = ParentFiles::new(self.plan.repo, self.plan.parent.as_ref());
+        let mut parent = TableCursor::new(self.plan.repo, self.plan.parent.as_ref());
         let mut entries = Vec::new();
         let mut items = Vec::new();
         for listed in &listing.entries {
@@ -568,7 +568,7 @@ impl<'r, 'p> Run<'r, 'p> {
         let listed = listed.ok_or_else(|| Error::invalid("there is no global/pg_control"))?;
         let (bytes, control) = self.plan.source.data_dir().read_control()?;
         let entry = FileEntry { len: bytes.len() as u64, ..file_entry(listed) };
-        let parent = ParentFiles::new(self.plan.repo, self.plan.parent.as_ref()).find(path)?;
+        let parent = TableCursor::new(self.plan.repo, self.plan.parent.as_ref()).find(path)?;
         let item = Item { entry, content: Content::Bytes(Arc::from(bytes)), relation: None, parent };
         let copied = self.copy(&[item], None)?.pop();
         Ok((copied.ok_or_else(|| Error::bug("pg_control was not copied"))?, control))
@@ -839,33 +839,4 @@ fn file_entry(listed: &Entry) -> FileEntry {
     };
     let Entry { path, mode, uid, gid, .. } = listed;
     FileEntry { path: path.to_vec(), kind, mode: *mode, uid: *uid, gid: *gid, len, parts: Vec::new() }
-}
-
-/// The parent's files, looked up in ascending order of their paths; one page of its file table is in memory at a time.
-struct ParentFiles<'a> {
-    repo: &'a Repository,
-    parent: Option<&'a Manifest>,
-    next_page: usize,
-    page: std::iter::Peekable<std::vec::IntoIter<FileEntry>>,
-}
-
-impl<'a> ParentFiles<'a> {
-    fn new(repo: &'a Repository, parent: Option<&'a Manifest>) -> Self {
-        Self { repo, parent, next_page: 0, page: Vec::new().into_iter().peekable() }
-    }
-
-    /// The parent's file at `path`, which is greater than the last that was asked for.
-    fn find(&mut self, path: &[u8]) -> Result<Option<FileEntry>> {
-        let Some(parent) = self.parent else { return Ok(None) };
-        loop {
-            while self.page.next_if(|entry| *entry.path < *path).is_some() {}
-            if self.page.peek().is_some() {
-                let found = self.page.next_if(|entry| entry.path == path);
-                return Ok(found.filter(|entry| entry.kind == FileKind::File));
-            }
-            let Some(page) = parent.pages.get(self.next_page) else { return Ok(None) };
-            self.next_page += 1;
-            self.page = read_page(&**self.repo.store(), &parent.cluster, page)?.entries.into_iter().peekable();
-        }
-    }
 }

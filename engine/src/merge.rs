@@ -31,7 +31,8 @@ use serde::Serialize;
 use crate::chunk::Compression;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::RelationFile;
-use crate::progress::{Phase, Progress};
+use crate::progress::{Phase, Progress, Silent};
+use crate::repack::{MovePlan, Mover};
 use crate::repo::{
     BackupId, BackupSummary, BackupType, ClusterName, Depth, FileEntry, Layer, LayerPlace, Lease, LeaseRequest,
     Manifest, Operation, PackKind, PackName, Packer, PartMap, Repository, TableWriter, read_page, with_lengths,
@@ -89,6 +90,8 @@ pub struct Plan {
     flattened: u64,
     /// Bytes of their layers.
     flattened_bytes: u64,
+    /// With `--repack`: what is moved.
+    moves: Option<MovePlan>,
 }
 
 impl fmt::Display for Plan {
@@ -96,6 +99,9 @@ impl fmt::Display for Plan {
         let BackupSummary { id, backup_type, start_time, .. } = &self.backup;
         let Self { entries, packs, flattened, flattened_bytes, .. } = self;
         write!(f, "a full backup of the moment of {id} ({backup_type}, {start_time}), {entries} files")?;
+        if let Some(moves) = &self.moves {
+            return write!(f, "\n  copied into packs of its own: {moves}");
+        }
         write!(f, "\n  {flattened} block maps of {flattened_bytes} bytes to write anew")?;
         write!(f, "\n  no data is copied: it stays in {packs} packs, all of which are there")
     }
@@ -109,16 +115,24 @@ pub fn plan(repo: &Repository, options: &Options) -> Result<Plan> {
     let backup = repo.catalog(&options.cluster)?.select(&options.backup)?;
     let source = repo.manifest(&options.cluster, backup.id)?;
     packs_must_be_there(repo, &source)?;
-    let mut plan = Plan { backup, entries: 0, packs: source.packs.len() as u64, flattened: 0, flattened_bytes: 0 };
+    let packs = source.packs.len() as u64;
+    let mut plan = Plan { backup, entries: 0, packs, flattened: 0, flattened_bytes: 0, moves: None };
+    let mut parts = Vec::new();
     for page in &source.pages {
         let entries = read_page(&**repo.store(), &source.cluster, page)?.entries;
         plan.entries += entries.len() as u64;
-        for part in entries.iter().flat_map(|entry| &entry.parts) {
+        for part in entries.into_iter().flat_map(|entry| entry.parts) {
             let flattened = &part.layers[..flattened_len(&part.layers)];
             let len = |layer: &LayerPlace| u64::from(layer.locations_len) + u64::from(layer.fingerprints_len);
             plan.flattened += u64::from(!flattened.is_empty());
             plan.flattened_bytes += flattened.iter().map(len).sum::<u64>();
+            parts.push(part);
         }
+    }
+    if options.repack {
+        let nowhere = Packer::new(Arc::clone(repo.store()), source.cluster.clone(), source.id, PackKind::Data);
+        let load = |part: &PartMap| repo.flatten(&source, part, Depth::Locations);
+        plan.moves = Some(mover(repo, &source, &nowhere, options, &Silent).plan(&parts, &load, &|_| true)?);
     }
     Ok(plan)
 }
@@ -155,6 +169,26 @@ fn flattened_len(layers: &[LayerPlace]) -> usize {
         (0, _) | (1, true) => 0,
         (count, true) => count,
         (count, false) => count + 1,
+    }
+}
+
+/// What moves the chunks of a backup into packs of another.
+fn mover<'a>(
+    repo: &'a Repository,
+    source: &'a Manifest,
+    data: &'a Packer,
+    options: &Options,
+    progress: &'a dyn Progress,
+) -> Mover<'a> {
+    let processors = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    Mover {
+        from: repo,
+        cluster: &source.cluster,
+        block_len: source.block_len(),
+        data,
+        compression: options.compression,
+        jobs: options.jobs.unwrap_or(processors).get(),
+        progress,
     }
 }
 
@@ -218,7 +252,7 @@ impl<'r, 'p> Run<'r, 'p> {
     fn execute(self, begun: Instant, tables_len: u64) -> Result<Report> {
         self.progress.begin(Phase::Merging, tables_len);
         let mut table = TableWriter::new(&self.map, &self.source.pages);
-        let blocks = self.flatten_all(&mut table)?;
+        let blocks = if self.options.repack { self.repack_all(&mut table)? } else { self.flatten_all(&mut table)? };
         let (pages, needed) = table.finish()?;
         self.map.close()?;
         let mut own = self.data.finish()?;
@@ -263,6 +297,38 @@ impl<'r, 'p> Run<'r, 'p> {
             blocks += entries.iter().map(|entry| self.relation_blocks(entry)).sum::<u64>();
             self.progress.advance(u64::from(page.len));
             entries.into_iter().try_for_each(|entry| table.push(entry))?;
+        }
+        Ok(blocks)
+    }
+
+    /// Writes the file table with maps of one layer each, whose chunks are in packs of this backup, in the order of the files.
+    fn repack_all(&self, table: &mut TableWriter<'_>) -> Result<u64> {
+        let mut entries = Vec::new();
+        for page in &self.source.pages {
+            entries.extend(read_page(&**self.repo.store(), &self.source.cluster, page)?.entries);
+        }
+        let parts: Vec<&PartMap> = entries.iter().flat_map(|entry| &entry.parts).collect();
+        let mover = mover(self.repo, &self.source, &self.data, self.options, self.progress);
+        let load = |part: &&PartMap| self.repo.flatten(&self.source, part, Depth::Fingerprints);
+        let plan = mover.plan(&parts, &load, &|_| true)?;
+        self.progress.begin(Phase::Moving, plan.bytes());
+        let mut maps = Vec::with_capacity(parts.len());
+        let moved = mover.run(&plan, &parts, &load, &|_| true, &mut |_, layer| {
+            let place = write_layer(&self.map, &layer)?;
+            maps.push(PartMap {
+                layers: vec![place],
+                data: layer.data_packs().collect::<BTreeSet<_>>().into_iter().collect(),
+            });
+            Ok(())
+        })?;
+        self.bytes_read.fetch_add(moved.bytes_read, Ordering::Relaxed);
+        let blocks = entries.iter().map(|entry| self.relation_blocks(entry)).sum();
+        let mut maps = maps.into_iter();
+        for mut entry in entries {
+            for part in &mut entry.parts {
+                *part = maps.next().ok_or_else(|| Error::bug("a block map that was not moved"))?;
+            }
+            table.push(entry)?;
         }
         Ok(blocks)
     }

@@ -1,6 +1,7 @@
 //! Which blocks of which chunks are used, and what moving them would do.
 
 use std::collections::HashMap;
+use std::fmt;
 
 use rayon::prelude::*;
 
@@ -113,6 +114,14 @@ pub(crate) struct MovePlan {
     pub blocks_mixed: u64,
     /// The chunks that several jobs use, and whether each is whole.
     shared: HashMap<Key, bool>,
+}
+
+impl fmt::Display for MovePlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { chunks_whole, bytes_whole, chunks_mixed, bytes_mixed, blocks_mixed, .. } = self;
+        write!(f, "{chunks_whole} chunks of {bytes_whole} bytes as they are")?;
+        write!(f, ", {blocks_mixed} blocks out of {chunks_mixed} chunks of {bytes_mixed} bytes, compressed again")
+    }
 }
 
 impl MovePlan {

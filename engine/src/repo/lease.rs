@@ -36,7 +36,7 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use super::names::{self, BackupId, ClusterName};
-use super::{BackupSummary, Repository, seal, unseal};
+use super::{BackupSummary, Catalog, Repository, seal, unseal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{ObjectName, Store};
 
@@ -223,6 +223,28 @@ impl Lease {
         let lease = Self::acquire(repo, cluster, &request, notice)?;
         let chosen = repo.catalog(cluster)?.select(&chosen.id.to_string())?;
         Ok((lease, chosen))
+    }
+
+    /// Takes a lease to write a backup that comes from elsewhere, next to the newest one; the catalog is as of then.
+    ///
+    /// # Errors
+    /// As [`Lease::acquire`].
+    pub fn of_import(
+        repo: &Repository,
+        cluster: &ClusterName,
+        run: BackupId,
+        notice: &dyn Fn(&str),
+    ) -> Result<(Self, Catalog)> {
+        loop {
+            let newest = repo.catalog(cluster)?.backups().last().map(|backup| backup.id);
+            let uses = newest.into_iter().collect();
+            let request = LeaseRequest { operation: Operation::Import, run: Some(run), uses };
+            let lease = Self::acquire(repo, cluster, &request, notice)?;
+            let catalog = repo.catalog(cluster)?;
+            if catalog.backups().last().map(|backup| backup.id) == newest {
+                return Ok((lease, catalog));
+            }
+        }
     }
 
     fn wait_for(

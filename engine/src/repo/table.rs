@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::names::{ClusterName, PackKind, PackName};
 use super::pack::{Packer, Place, RECORD_CHECK_LEN, read_record};
+use super::{Manifest, Repository};
 use crate::chunk::hash16;
 use crate::error::{Error, Result};
 use crate::store::Store;
@@ -256,6 +257,39 @@ pub fn read_page(store: &dyn Store, cluster: &ClusterName, page: &PagePlace) -> 
         return Err(Error::corrupt(place, "this is not the page of the file table that the manifest names"));
     }
     Ok(TablePage { packs, entries })
+}
+
+/// The files of a backup, looked up in ascending order of their paths; one page of its file table is in memory at a time.
+pub(crate) struct TableCursor<'a> {
+    repo: &'a Repository,
+    backup: Option<&'a Manifest>,
+    next_page: usize,
+    page: std::iter::Peekable<std::vec::IntoIter<FileEntry>>,
+}
+
+impl<'a> TableCursor<'a> {
+    /// A cursor before the first file of a backup; without one, nothing is found.
+    pub fn new(repo: &'a Repository, backup: Option<&'a Manifest>) -> Self {
+        Self { repo, backup, next_page: 0, page: Vec::new().into_iter().peekable() }
+    }
+
+    /// The file at `path`, which is greater than the last that was asked for.
+    ///
+    /// # Errors
+    /// `Missing` or `Corrupt` for the page that would have it.
+    pub fn find(&mut self, path: &[u8]) -> Result<Option<FileEntry>> {
+        let Some(backup) = self.backup else { return Ok(None) };
+        loop {
+            while self.page.next_if(|entry| *entry.path < *path).is_some() {}
+            if self.page.peek().is_some() {
+                let found = self.page.next_if(|entry| entry.path == path);
+                return Ok(found.filter(|entry| entry.kind == FileKind::File));
+            }
+            let Some(page) = backup.pages.get(self.next_page) else { return Ok(None) };
+            self.next_page += 1;
+            self.page = read_page(&**self.repo.store(), &backup.cluster, page)?.entries.into_iter().peekable();
+        }
+    }
 }
 
 /// Writes the file table of a backup.
