@@ -4,6 +4,7 @@ pub mod backup;
 pub mod chunk;
 pub mod detect;
 pub mod error;
+mod extract;
 pub mod pg;
 pub mod progress;
 pub mod repo;
