@@ -4,6 +4,7 @@ pub mod backup;
 pub mod chunk;
 pub mod detect;
 pub mod error;
+pub mod export;
 mod extract;
 pub mod pg;
 pub mod progress;
