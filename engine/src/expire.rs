@@ -1,9 +1,13 @@
 //! `expire`: backups go by policy, then what nothing refers to any more.
 
+mod policy;
+
 use std::fmt;
 use std::num::NonZeroUsize;
 
 use serde::Serialize;
+
+pub use policy::{Count, Moment, Policy, Span};
 
 use crate::error::Result;
 use crate::progress::Progress;
@@ -72,10 +76,6 @@ pub struct Report {
     /// Bytes written to the repository.
     pub bytes_written: u64,
 }
-
-/// Which backups to keep. (contract only; built in `policy.rs`)
-#[derive(Clone, Debug, Default)]
-pub struct Policy {}
 
 /// Decides what would go, and changes nothing.
 ///
