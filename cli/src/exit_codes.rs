@@ -66,8 +66,7 @@ mod tests {
         let of = |kind| Exit::of(&Error::new(kind, "block 7 exists already"));
         let exits = [Unavailable, Corrupt, Missing, Conflict, Locked, Invalid, Unsupported, Postgres, Bug].map(of);
         let failed = Exit::Failed;
-        let expected =
-            [failed, Exit::Repository, failed, failed, Exit::Locked, failed, failed, failed, failed];
+        let expected = [failed, Exit::Repository, failed, failed, Exit::Locked, failed, failed, failed, failed];
         assert_eq!(exits, expected);
     }
 
