@@ -7,12 +7,17 @@
 //! the newest so many. While such a rule has not found as many as it may keep, it keeps the oldest backup, too: the history
 //! is then as long as it can be, and a first backup becomes the first of its week, its month and its year.
 //!
+//! Which backup is newer is the caller's to say, by the order it gives them in: a clock that was set back, or that is fast on one
+//! of two hosts, must not make a new backup look old. Times only say into which bucket a backup falls, and how far it lies
+//! behind the newest.
+//!
 //! A damaged backup is neither kept nor counted: seven damaged nights must not push the last good one out. A rule of none
 //! (`daily 0`) is no rule, and a policy without rules keeps everything: an empty setting must never empty a repository.
 //!
-//! Two things differ from restic, both towards keeping more. A month before 31 March is the last day of February, as in
+//! Three things differ from restic, all towards keeping more. The order, above. A month before 31 March is the last day of February, as in
 //! PostgreSQL, not 3 March. And weeks can be written.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::str::FromStr;
 
@@ -67,8 +72,7 @@ pub struct Span {
 pub struct Moment {
     /// The moment that the backup stands for.
     pub time: Timestamp,
-    /// Whether the backup is good: a damaged one is kept and counted by no rule. One from a clock that was fast, later than
-    /// now, is best left out too: it would be the newest for as long, and `within` would look back from it.
+    /// Whether the backup is good: a damaged one is kept and counted by no rule.
     pub counts: bool,
 }
 
@@ -91,9 +95,9 @@ impl Policy {
         self.within().is_none() && counts.into_iter().flatten().all(Count::is_spent)
     }
 
-    /// For each backup, in the order given, why it is kept: one that nothing keeps goes.
+    /// For each backup why it is kept: one that nothing keeps goes.
     ///
-    /// Backups are compared by time; of equal times, the one given later is the newer one.
+    /// `moments` are those of one cluster's backups, oldest first; whatever their times say, that is their order.
     pub fn decide(&self, moments: &[Moment]) -> Vec<Vec<String>> {
         if self.is_empty() {
             return vec![vec!["no rule".to_owned()]; moments.len()];
@@ -122,11 +126,9 @@ struct Decision {
 
 impl Decision {
     fn new(moments: &[Moment]) -> Self {
-        let good = moments.iter().enumerate().filter(|(_, moment)| moment.counts);
-        let mut order: Vec<_> = good.map(|(index, moment)| (index, moment.time)).collect();
-        order.sort_by_key(|&(_, time)| time);
-        order.reverse();
-        Self { newest_first: order, reasons: vec![Vec::new(); moments.len()] }
+        let good = moments.iter().enumerate().rev().filter(|(_, moment)| moment.counts);
+        let newest_first = good.map(|(index, moment)| (index, moment.time)).collect();
+        Self { newest_first, reasons: vec![Vec::new(); moments.len()] }
     }
 
     fn keep_last(&mut self, count: Option<Count>) {
@@ -138,23 +140,23 @@ impl Decision {
     fn keep_within(&mut self, span: Option<Span>) {
         let (Some(span), Some(&(_, newest))) = (span, self.newest_first.first()) else { return };
         let start = span.before(newest);
-        for &(index, _) in self.newest_first.iter().take_while(|&&(_, time)| start.is_none_or(|start| time > start)) {
+        for &(index, _) in self.newest_first.iter().filter(|&&(_, time)| start.is_none_or(|start| time > start)) {
             self.reasons[index].push(format!("within {span}"));
         }
     }
 
     fn keep_newest_of_each(&mut self, calendar: &Calendar, count: Option<Count>) {
         let Some(mut left) = count else { return };
-        let mut last_bucket = String::new();
+        let mut found = HashSet::new();
         for (rank, &(index, time)) in self.newest_first.iter().enumerate() {
             if left.is_spent() {
                 break;
             }
             let bucket = time.strftime(calendar.bucket).to_string();
-            if bucket != last_bucket {
-                self.reasons[index].push(format!("{} {bucket}", calendar.name));
+            let reason = format!("{} {bucket}", calendar.name);
+            if found.insert(bucket) {
+                self.reasons[index].push(reason);
                 left = left.less_one();
-                last_bucket = bucket;
             } else if rank + 1 == self.newest_first.len() {
                 self.reasons[index].push(format!("oldest ({})", calendar.name));
             }
@@ -392,11 +394,16 @@ mod tests {
     }
 
     #[test]
-    fn of_equal_times_the_one_given_later_is_the_newer() {
+    fn the_one_given_later_is_the_newer_whatever_the_clock_said() {
         let moments = [moment("2026-11-22T01:00:00Z"); 3];
         assert_eq!(kept(Policy { last: number(1), ..Policy::default() }, &moments), [2]);
         assert_eq!(kept(Policy { daily: number(1), ..Policy::default() }, &moments), [2]);
         assert_eq!(kept(Policy { within: Some("1h".parse().unwrap()), ..Policy::default() }, &moments), [0, 1, 2]);
+        let fast = moment("2038-01-19T03:14:07Z");
+        let moments = [moment("2026-11-20T01:00:00Z"), fast, fast, moments[0], moment("2026-11-23T01:00:00Z")];
+        assert_eq!(kept(Policy { last: number(2), ..Policy::default() }, &moments), [3, 4]);
+        assert_eq!(kept(Policy { daily: number(3), ..Policy::default() }, &moments), [2, 3, 4]);
+        assert_eq!(kept(Policy { within: Some("2d".parse().unwrap()), ..Policy::default() }, &moments), [1, 2, 3, 4]);
     }
 
     #[test]
@@ -443,7 +450,7 @@ mod tests {
     /// oldest, with fewer than `count` buckets in all the others.
     fn bucket_keeps(moments: &[Moment], bucket: impl Fn(usize) -> String, count: Count, index: usize) -> bool {
         let good = |other: &usize| moments[*other].counts;
-        let is_newer = |other: &usize| (moments[*other].time, *other) > (moments[index].time, index);
+        let is_newer = |other: &usize| *other > index;
         let newer: BTreeSet<String> = (0..moments.len()).filter(good).filter(is_newer).map(&bucket).collect();
         let is_oldest = (0..moments.len()).filter(good).all(|other| other == index || is_newer(&other));
         let has_room = count == Count::Unlimited || newer.len() < count.limit();
@@ -453,7 +460,7 @@ mod tests {
     fn naive(policy: &Policy, moments: &[Moment]) -> Vec<usize> {
         let at = |index: usize| moments[index].time.to_zoned(TimeZone::UTC).datetime();
         let hours = |index: usize| moments[index].time.as_second().div_euclid(3600);
-        let newest = moments.iter().filter(|moment| moment.counts).map(|moment| moment.time).max();
+        let newest = moments.iter().rfind(|moment| moment.counts).map(|moment| moment.time);
         let within = |index: usize| {
             let start = newest.zip(policy.within()).map(|(newest, span)| span.before(newest));
             moments[index].counts && start.is_some_and(|start| start.is_none_or(|start| moments[index].time > start))
@@ -535,8 +542,7 @@ mod tests {
 
         #[test]
         fn the_newest_good_one_always_stays(policy in policies(), moments in histories()) {
-            let good = (0..moments.len()).filter(|&index| moments[index].counts);
-            let newest = good.max_by_key(|&index| (moments[index].time, index));
+            let newest = moments.iter().rposition(|moment| moment.counts);
             prop_assert!(policy.is_empty() || newest.is_none_or(|newest| kept(policy, &moments).contains(&newest)));
         }
 
