@@ -14,8 +14,8 @@
 //! A damaged backup is neither kept nor counted: seven damaged nights must not push the last good one out. A rule of none
 //! (`daily 0`) is no rule, and a policy without rules keeps everything: an empty setting must never empty a repository.
 //!
-//! Three things differ from restic, all towards keeping more. The order, above. A month before 31 March is the last day of February, as in
-//! PostgreSQL, not 3 March. And weeks can be written.
+//! Three things differ from restic: that order; a month before 31 March is the last day of February, as in PostgreSQL, and not
+//! 3 March; weeks can be written.
 
 use std::collections::HashSet;
 use std::fmt;
