@@ -1,9 +1,13 @@
 //! `export`: one backup to another repository, or as the files that pg_basebackup would have written.
 
+mod files;
+
 use std::fmt;
 use std::num::NonZeroUsize;
 
 use serde::Serialize;
+
+pub use files::{FileFormat, FilesOptions, FilesPlan, FilesReport, plan_files, to_files};
 
 use crate::chunk::Compression;
 use crate::error::Result;
