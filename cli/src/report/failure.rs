@@ -14,15 +14,15 @@ use crate::exit_codes::Exit;
 pub enum Failure {
     /// Arguments that clap refuses; or `--help` and `--version`, which clap hands over the same way.
     Arguments(clap::Error),
-    /// Configuration that we refuse.
-    Usage(String),
+    /// Configuration that we refuse, and what would be accepted.
+    Usage { text: String, hint: Option<&'static str> },
     /// The engine's error and the exit code it stands for.
     Failed { error: Error, exit: Exit },
 }
 
 impl Failure {
     pub fn usage(text: impl Into<String>) -> Self {
-        Self::Usage(text.into())
+        Self::Usage { text: text.into(), hint: None }
     }
 
     /// An error met while opening the repository.
@@ -36,7 +36,7 @@ impl Failure {
         match self {
             Self::Arguments(error) if error.use_stderr() => Exit::Usage,
             Self::Arguments(_) => Exit::Done,
-            Self::Usage(_) => Exit::Usage,
+            Self::Usage { .. } => Exit::Usage,
             Self::Failed { exit, .. } => *exit,
         }
     }
@@ -76,7 +76,7 @@ pub fn print_failure(failure: &Failure, json: bool) {
         Failure::Arguments(error) => {
             let _ = write!(std::io::stderr(), "{}", redact(&error.to_string()));
         }
-        Failure::Usage(text) => print_error(text, None),
+        Failure::Usage { text, hint } => print_error(text, *hint),
         Failure::Failed { error, .. } => print_error(&error.to_string(), error.hint_text()),
     }
     if json {
@@ -129,7 +129,7 @@ fn failure_document(failure: &Failure) -> FailureDocument {
             let message = text.split("\n\n").next().unwrap_or_default();
             fields("usage", message.strip_prefix("error: ").unwrap_or(message), None, None)
         }
-        Failure::Usage(text) => fields("usage", text, None, None),
+        Failure::Usage { text, hint } => fields("usage", text, None, *hint),
         Failure::Failed { error, .. } => {
             fields(kind_name(error.kind()), &message_with_causes(error), error.place(), error.hint_text())
         }

@@ -105,6 +105,8 @@ fn remarks(backup: &BackupSummary) -> Option<String> {
 fn flags(backup: &BackupSummary) -> Vec<String> {
     let corrupt = backup.corrupt_pages.len() as u64;
     let flags = [
+        backup.pinned.then(|| "pinned".to_owned()),
+        backup.merged_from.map(|id| format!("merged from {id}")),
         backup.from_standby.then(|| "from a standby".to_owned()),
         backup.offline.then(|| "offline".to_owned()),
         (corrupt > 0).then(|| count(corrupt, "corrupt page").to_uppercase()),
@@ -175,6 +177,19 @@ mod tests {
             ]
         );
         assert_eq!(list(&[], None), "no backups yet\n");
+    }
+
+    #[test]
+    fn a_list_says_which_backups_are_pinned_and_merged() {
+        let merged = BackupSummary {
+            backup_type: BackupType::SyntheticFull,
+            merged_from: Some(full().id),
+            pinned: true,
+            ..full()
+        };
+        let text = list(std::slice::from_ref(&merged), None);
+        assert_eq!(lines(&text)[2], "    pinned; merged from 20261121T010502Z-1a2b3c4d");
+        assert!(details(&merged).contains("\nflags         pinned, merged from 20261121T010502Z-1a2b3c4d\n"));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Standard output carries the result, standard error everything else. A reader that goes away (`| head`) is no
 //! failure. Whatever becomes an error message passes [`failure`] first: conninfo strings hold passwords.
 
+mod expire;
 mod failure;
 mod list;
 mod operations;
@@ -11,13 +12,14 @@ use std::fmt::Write as _;
 use std::io::{ErrorKind as IoErrorKind, Write as _};
 use std::path::Path;
 
-use engine::repo::BackupSummary;
+use engine::repo::{BackupSummary, ClusterName};
 use engine::{Error, ErrorKind};
 use serde::Serialize;
 
+pub use expire::expire;
 pub use failure::{Failure, print_error, print_failure, print_line, print_notice};
 pub use list::{details, list, terminal_width};
-pub use operations::{backup, restore, verify};
+pub use operations::{backup, copy, merge, restore, unpack, verify};
 
 use crate::exit_codes::Exit;
 use crate::units::count;
@@ -29,6 +31,16 @@ pub fn shell_word(text: &str) -> String {
         text.to_owned()
     } else {
         format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
+/// The options that lead a command to a cluster's backups.
+pub fn whereabouts(repo: &Path, cluster: &ClusterName) -> String {
+    let repo = shell_word(&repo.display().to_string());
+    if *cluster == ClusterName::default() {
+        format!("--repo {repo}")
+    } else {
+        format!("--repo {repo} --cluster {cluster}")
     }
 }
 
