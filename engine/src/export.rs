@@ -1,5 +1,6 @@
-//! `export`: one backup to another repository, or as the files that pg_basebackup would have written.
+//! `export`: one backup to another repository, or as the files that pg_basebackup would have written (`export/files.rs`).
 
+mod archives;
 mod files;
 
 use std::fmt;

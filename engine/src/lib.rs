@@ -6,6 +6,7 @@ pub mod detect;
 pub mod error;
 pub mod expire;
 pub mod export;
+mod extract;
 pub mod merge;
 pub mod pg;
 pub mod pin;

@@ -5,6 +5,7 @@
 
 mod corruption;
 mod errors;
+mod export;
 mod history;
 mod quiesced;
 mod races;

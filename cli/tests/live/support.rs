@@ -233,8 +233,8 @@ fn reachable_binary(user: &ServerUser) -> &'static Path {
     })
 }
 
-/// Judges a restored directory that no server has touched yet.
-fn judge_restored_directory(restored: &Cluster) {
+/// Judges a restored or exported directory that no server has touched yet.
+pub fn judge_restored_directory(restored: &Cluster) {
     let dir = restored.data_dir();
     let mode = fs::metadata(dir).unwrap().permissions().mode() & 0o7777;
     assert!([0o700, 0o750].contains(&mode), "the restored directory has mode {mode:o}");
@@ -274,12 +274,17 @@ pub fn judge_running(restored: &mut Cluster) {
     let timeline: u32 = value("SELECT timeline_id FROM pg_control_checkpoint()").parse().unwrap();
     assert!(timeline > 1, "the restored copy goes on with the source's timeline");
     assert_eq!(value("SHOW archive_mode"), "off");
+    judge_contents(restored);
+}
+
+/// Judges what a started copy holds; then stops it and judges its pages.
+pub fn judge_contents(restored: &mut Cluster) {
     for database in restored.databases().unwrap() {
         assert_indexes_agree_with_tables(restored, &database);
         assert_visibility_maps_are_right(restored, &database);
     }
     assert_amcheck_passes(restored);
-    let has_checksums = value("SHOW data_checksums") == "on";
+    let has_checksums = restored.query_value("postgres", "SHOW data_checksums").unwrap() == "on";
     restored.stop(StopMode::Fast).unwrap();
     if has_checksums {
         assert_pages_have_their_checksums(restored);

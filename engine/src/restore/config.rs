@@ -88,7 +88,7 @@ pub(super) fn auto_conf(source: &[u8], wanted: Wanted) -> Vec<u8> {
 }
 
 /// A `postgresql.conf` whose lines that lead out of the restored directory are comments, and those lines; `None` if it has none.
-pub(super) fn confined(conf: &[u8]) -> Option<(Vec<u8>, Vec<String>)> {
+pub(crate) fn confined(conf: &[u8]) -> Option<(Vec<u8>, Vec<String>)> {
     let leads_out = |line: &[u8]| name_of(line).is_some_and(|name| LEADING_OUT.contains(&name.as_str()));
     let mut removed = Vec::new();
     let mut text = Vec::with_capacity(conf.len());

@@ -1,4 +1,4 @@
-//! Where restored bytes go: a new data directory, and a new directory for each tablespace outside of it.
+//! Where restored and exported bytes go: a new data directory, and a new directory for each tablespace outside of it.
 //!
 //! [`Target::check`] looks, without changing anything: every directory must be empty or not there, no server may run on it, and there must
 //! be room. [`Target::create`] makes the root directories. After that every path comes from a manifest, which is not trusted: [`Target::path`]
@@ -7,7 +7,8 @@
 //! `pg_tblspc` are made last. Directories get their owners and modes when nothing is written to them any more, the roots last: until then nobody
 //! else can put something in the way, and a directory that its owner may not write to is no obstacle.
 //!
-//! `global/pg_control` gets its name when everything else is durable ([`Target::finish`]): PostgreSQL starts on no directory without it.
+//! `global/pg_control` gets its name when everything else is durable ([`Target::finish`]): PostgreSQL starts on no directory without it. A
+//! directory of archives has only a root; each archive gets its name when all are durable ([`Target::name_finished`]).
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -23,6 +24,10 @@ use crate::pg::TablespaceOid;
 /// `pg_control` until the restore is complete.
 const UNFINISHED_CONTROL: &str = "global/pg_control.unfinished";
 const CONTROL: &[u8] = b"global/pg_control";
+/// What the name of an archive ends in until the export is complete.
+const UNFINISHED_SUFFIX: &str = ".unfinished";
+/// What only a run that did not end leaves in its target.
+pub(crate) const UNFINISHED: [&str; 2] = [UNFINISHED_CONTROL, "base.tar.unfinished"];
 /// Room that must be left besides the restored bytes, for directories and for recovery.
 const SPARE_BYTES: u64 = 64 << 20;
 
@@ -57,7 +62,7 @@ impl Target {
         for (at, one) in roots.iter().enumerate() {
             let nested = roots.iter().enumerate().find(|(other, path)| *other != at && one.starts_with(path));
             if let Some((_, other)) = nested {
-                let what = format!("{} lies in {}: both are to be restored to", one.display(), other.display());
+                let what = format!("{} lies in {}: both are to be written to", one.display(), other.display());
                 return Err(
                     Error::invalid(what).hint("give each tablespace a directory of its own with --tablespace-map")
                 );
@@ -110,7 +115,7 @@ impl Target {
                     place.display(),
                     bytes + SPARE_BYTES
                 );
-                return Err(Error::new(ErrorKind::Unavailable, what).hint("make room, or restore to another disk"));
+                return Err(Error::new(ErrorKind::Unavailable, what).hint("make room, or choose another disk"));
             }
         }
         Ok(())
@@ -320,6 +325,26 @@ impl Target {
         fs::rename(&unfinished, &control).map_err(|e| Error::io("name", &control, e))?;
         sync_directory(&self.root.join("global"))
     }
+
+    /// Makes a file of `len` zero bytes in the root, open for writing, that gets its name by [`Target::name_finished`].
+    ///
+    /// # Errors
+    /// When it cannot be made, or is there already.
+    pub fn make_unfinished(&self, name: &str, len: u64, owner: Owner) -> Result<File> {
+        self.make_file(format!("{name}{UNFINISHED_SUFFIX}").as_bytes(), len, owner)
+    }
+
+    /// Gives files that are durable their names, durably.
+    ///
+    /// # Errors
+    /// When one cannot be given.
+    pub fn name_finished<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Result<()> {
+        for name in names {
+            let (unfinished, finished) = (format!("{name}{UNFINISHED_SUFFIX}"), self.root.join(name));
+            fs::rename(self.root.join(unfinished), &finished).map_err(|e| Error::io("name", &finished, e))?;
+        }
+        sync_directory(&self.root)
+    }
 }
 
 /// Open handles on the file systems that a restore writes to.
@@ -367,9 +392,8 @@ fn must_be_free(root: &Path) -> Result<()> {
     }
     let here = root.display();
     let what = format!("{here} is not empty");
-    Err(Error::invalid(what).hint(
-        "restore to an empty or new directory; a tablespace can be placed elsewhere with --tablespace-map OLD=NEW",
-    ))
+    Err(Error::invalid(what)
+        .hint("choose an empty or new directory; a tablespace can be placed elsewhere with --tablespace-map OLD=NEW"))
 }
 
 /// The nearest directory above that exists.

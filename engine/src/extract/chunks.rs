@@ -1,4 +1,4 @@
-//! The data path of a restore: each chunk is read, decompressed and proved once, and its blocks written wherever they belong.
+//! The data path of a restore or an export: each chunk is read, decompressed and proved once, and its blocks written wherever they belong.
 //!
 //! ```text
 //! for each window of packs:
@@ -9,11 +9,14 @@
 //! The plan of a window is bounded by [`MAX_PIECES`], so memory does not grow with the cluster; a cluster of up to a few hundred
 //! gigabytes takes one window. Blocks that are zero are never written: files are made with their length, and stay sparse there.
 //!
+//! A [`Sink`] says where a file is: it may be one of its own, or a place in an archive.
+//!
 //! Each file's CRC-32C for PostgreSQL's `backup_manifest` is summed up from its pieces in whatever order they come: a CRC is linear, so the
 //! contribution of a piece is its own CRC moved over the bytes that follow it.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
+use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,15 +24,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rayon::prelude::*;
 
+use super::Chosen;
 use super::crc::shift;
 use crate::chunk::{Decoder, Shape};
 use crate::error::{Error, ErrorKind, Result};
 use crate::progress::Progress;
 use crate::repo::{
-    ChunkRef, DataPack, Depth, FileEntry, FileKind, Layer, Manifest, PART_BLOCKS, PackKind, PackName, PartMap,
-    Repository,
+    ChunkRef, DataPack, Depth, FileEntry, Layer, Manifest, PART_BLOCKS, PackKind, PackName, PartMap, Repository,
 };
-use crate::target::{Owner, Target};
+use crate::target::Owner;
 
 /// Pieces of a window at most.
 const MAX_PIECES: usize = 1 << 20;
@@ -42,8 +45,32 @@ const FLUSH_LEN: usize = 32 << 20;
 /// Files open for writing.
 const OPEN_FILES: usize = 128;
 
-/// A file to restore.
-pub(super) struct TargetFile {
+/// Where files are written to.
+pub(crate) trait Sink: Sync {
+    /// Makes a file with its length, all zero; called once for each.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    fn make(&self, index: usize, file: &TargetFile) -> Result<Opened>;
+
+    /// Opens a file that was made.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    fn open(&self, index: usize, file: &TargetFile) -> Result<Opened>;
+}
+
+/// A file, open for writing.
+#[derive(Clone)]
+pub(crate) struct Opened {
+    /// Where its bytes are.
+    pub file: Arc<File>,
+    /// Offset of its first byte there.
+    pub begin: u64,
+}
+
+/// A file to write.
+pub(crate) struct TargetFile {
     /// What the backup says of it.
     pub entry: FileEntry,
     /// Owner and mode in the target.
@@ -91,24 +118,31 @@ struct Job {
 }
 
 /// Writes the blocks of all files.
-pub(super) struct Writer<'a> {
-    /// Where the chunks are.
-    pub repo: &'a Repository,
-    /// The backup.
-    pub manifest: &'a Manifest,
-    /// Where the files go.
-    pub target: &'a Target,
-    /// The files.
-    pub files: &'a [TargetFile],
-    /// Number of workers.
-    pub jobs: usize,
-    /// Who watches.
-    pub progress: &'a dyn Progress,
-    /// Bytes read from the repository.
-    pub bytes_read: &'a AtomicU64,
+pub(crate) struct Writer<'a> {
+    repo: &'a Repository,
+    manifest: &'a Manifest,
+    sink: &'a dyn Sink,
+    files: &'a [TargetFile],
+    jobs: usize,
+    progress: &'a dyn Progress,
+    bytes_read: &'a AtomicU64,
 }
 
-impl Writer<'_> {
+impl<'a> Writer<'a> {
+    /// A writer of `files` to `sink` with so many workers, or one for each processor; it counts what it reads from the repository.
+    pub fn new(
+        chosen: &'a Chosen<'_>,
+        sink: &'a dyn Sink,
+        files: &'a [TargetFile],
+        jobs: Option<NonZeroUsize>,
+        progress: &'a dyn Progress,
+        bytes_read: &'a AtomicU64,
+    ) -> Self {
+        let processors = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let jobs = jobs.unwrap_or_else(processors).get();
+        Self { repo: chosen.repo, manifest: &chosen.manifest, sink, files, jobs, progress, bytes_read }
+    }
+
     /// Writes everything, and makes every file, the empty ones too.
     pub fn run(&self) -> Result<()> {
         match self.plan(None)? {
@@ -120,18 +154,13 @@ impl Writer<'_> {
                 }
             }
         }
-        let left = self.files.par_iter().filter(|file| !file.made.load(Ordering::Relaxed));
-        left.map(|file| self.make(file).map(drop)).collect()
+        let left = self.files.par_iter().enumerate().filter(|(_, file)| !file.made.load(Ordering::Relaxed));
+        left.map(|(index, file)| self.make(index, file).map(drop)).collect()
     }
 
-    fn make(&self, file: &TargetFile) -> Result<File> {
+    fn make(&self, index: usize, file: &TargetFile) -> Result<Opened> {
         file.made.store(true, Ordering::Relaxed);
-        let made = self.target.make_file(&file.entry.path, file.entry.len, file.owner)?;
-        if file.entry.kind == FileKind::Wal && file.entry.len > 0 {
-            // PostgreSQL counts on room in its WAL files (wal_init_zero). A file system that cannot promise it does as for the original.
-            let _ = rustix::fs::fallocate(&made, rustix::fs::FallocateFlags::empty(), 0, file.entry.len);
-        }
-        Ok(made)
+        self.sink.make(index, file)
     }
 
     /// Each part that needs a pack of the window, with its flattened map.
@@ -285,7 +314,7 @@ impl Share {
 fn flush(files: &Receiver<Arc<File>>) -> Result<()> {
     files.iter().try_for_each(|file| {
         let synced = file.sync_data();
-        synced.map_err(|e| Error::new(ErrorKind::Unavailable, "restored bytes did not reach the disk").because(e))
+        synced.map_err(|e| Error::new(ErrorKind::Unavailable, "written bytes did not reach the disk").because(e))
     })
 }
 
@@ -339,24 +368,24 @@ fn batches(jobs: &[Job]) -> Vec<std::ops::Range<usize>> {
 /// Files open for writing, the most recent ones.
 #[derive(Default)]
 struct OpenFiles {
-    open: Mutex<VecDeque<(u32, Arc<File>)>>,
+    open: Mutex<VecDeque<(u32, Opened)>>,
 }
 
 impl OpenFiles {
     /// The file, opened or made if it is not among the open ones.
-    fn get(&self, writer: &Writer<'_>, index: u32) -> Result<Arc<File>> {
+    fn get(&self, writer: &Writer<'_>, index: u32) -> Result<Opened> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, file)) = open.iter().rev().find(|(known, _)| *known == index) {
-            return Ok(Arc::clone(file));
+            return Ok(file.clone());
         }
-        let target = &writer.files[index as usize];
+        let at = index as usize;
+        let target = &writer.files[at];
         let made = target.made.load(Ordering::Relaxed);
-        let file = if made { writer.target.open_file(&target.entry.path)? } else { writer.make(target)? };
-        let file = Arc::new(file);
+        let file = if made { writer.sink.open(at, target)? } else { writer.make(at, target)? };
         if open.len() == OPEN_FILES {
             open.pop_front();
         }
-        open.push_back((index, Arc::clone(&file)));
+        open.push_back((index, file.clone()));
         Ok(file)
     }
 }
@@ -406,12 +435,12 @@ impl Worker<'_, '_> {
             let len = usize::try_from(file.entry.len.saturating_sub(offset)).unwrap_or(usize::MAX).min(blocks.len());
             let bytes = &blocks[..len];
             let open = self.open.get(self.writer, piece.file)?;
-            let written = open.write_all_at(bytes, offset);
+            let written = open.file.write_all_at(bytes, open.begin + offset);
             written.map_err(|e| Error::io("write", file.entry.display_path().as_ref(), e))?;
             self.unflushed += len;
             if self.unflushed >= FLUSH_LEN {
                 // Who is busy flushing comes to this file later, or the sync at the end does.
-                let _ = self.flusher.try_send(open);
+                let _ = self.flusher.try_send(open.file);
                 self.unflushed = 0;
             }
             file.add_to_crc(offset, bytes);
@@ -427,7 +456,7 @@ fn hurt(files: &[TargetFile], job: &Job, object: &str, error: &Error) -> Error {
     let file = piece.map(|piece| files[piece.file as usize].entry.display_path()).unwrap_or_default();
     let block = piece.map_or(0, |piece| piece.block);
     let what = format!("{}; {file} has its block {block} there", error.what());
-    let hint = "`pgstrata verify` tells which backups are hurt; restore another one";
+    let hint = "`pgstrata verify` tells which backups are hurt; take another one";
     Error::corrupt(format!("{object} at {}", job.chunk.offset), what).hint(hint)
 }
 
@@ -436,6 +465,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::repo::FileKind;
 
     proptest! {
         #[test]

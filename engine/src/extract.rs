@@ -1,0 +1,260 @@
+//! `extract`: the files of a backup, written out. What `restore` and `export` have in common.
+//!
+//! ```text
+//! choose    read the manifest; see that every pack is there                       [`Chosen`]
+//! plan      read the file table; see that the target is free and large enough     [`Tree`] for a directory
+//! write     blocks, in the order of the packs                                     [`Writer`]
+//! add       what the operation wants besides; PostgreSQL's backup_manifest
+//! ```
+//!
+//! A file table is not trusted: paths that lead out of the target, that are there twice or out of order, and block maps longer than
+//! their file are refused before anything is written.
+
+mod chunks;
+mod crc;
+mod tree;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::BufWriter;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+pub(crate) use self::chunks::{Opened, Sink, TargetFile, Writer};
+pub(crate) use self::tree::{Choice, Tree, Written};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pg::{
+    MajorVersion, PgFileChecksum, PgManifestFile, PgManifestWriter, TablespaceMap, TablespaceOid, WalRange,
+};
+use crate::repo::{BackupSummary, ClusterName, FileEntry, FileKind, Manifest, PART_BLOCKS, Repository, read_page};
+use crate::source::PostmasterPid;
+use crate::target::{Owner, UNFINISHED, resolve};
+
+/// Files that whoever writes a backup out makes himself, or that no copy may have.
+pub(crate) const REPLACED: [&[u8]; 4] = [b"backup_label", b"tablespace_map", b"backup_manifest", b"postmaster.pid"];
+/// The main configuration file.
+pub(crate) const CONF: &[u8] = b"postgresql.conf";
+/// Bytes of a configuration file at most.
+pub(crate) const MAX_CONF_LEN: u64 = 64 << 20;
+
+/// A backup that is to be written out.
+pub(crate) struct Chosen<'r> {
+    /// Where it is.
+    pub repo: &'r Repository,
+    /// What the catalog says of it.
+    pub backup: BackupSummary,
+    /// Its root.
+    pub manifest: Manifest,
+}
+
+/// A file as PostgreSQL's `backup_manifest` lists it.
+pub(crate) struct Listed<'a> {
+    /// Relative to the data directory.
+    pub path: &'a [u8],
+    /// In bytes.
+    pub len: u64,
+    /// CRC-32C of its contents.
+    pub crc32c: u32,
+}
+
+impl<'a> Listed<'a> {
+    /// A file of these bytes.
+    pub fn of(path: &'a [u8], bytes: &[u8]) -> Self {
+        Self { path, len: bytes.len() as u64, crc32c: crc32c::crc32c(bytes) }
+    }
+}
+
+impl<'a> From<&'a TargetFile> for Listed<'a> {
+    fn from(file: &'a TargetFile) -> Self {
+        Self { path: &file.entry.path, len: file.entry.len, crc32c: file.crc32c() }
+    }
+}
+
+impl<'r> Chosen<'r> {
+    /// Finds the backup, and that its packs are all there.
+    ///
+    /// # Errors
+    /// `Missing` or `Corrupt` for the backup.
+    pub fn find(repo: &'r Repository, cluster: &ClusterName, backup: &str) -> Result<Self> {
+        let backup = repo.catalog(cluster)?.select(backup)?;
+        let manifest = repo.manifest(cluster, backup.id)?;
+        if let Some((object, fault)) = repo.unsound_pack(&manifest)? {
+            let hint = "`pgstrata verify` tells which backups are whole; take one of them";
+            return Err(Error::corrupt(object.as_str(), fault).hint(hint));
+        }
+        Ok(Self { repo, backup, manifest })
+    }
+
+    /// Gives each entry of the file table, in order, to `take`.
+    ///
+    /// # Errors
+    /// `Corrupt` for a file table that contradicts itself; and those of `take`.
+    pub fn entries(&self, mut take: impl FnMut(FileEntry) -> Result<()>) -> Result<()> {
+        let mut last_path: Option<Vec<u8>> = None;
+        for page in &self.manifest.pages {
+            for entry in read_page(&**self.repo.store(), &self.manifest.cluster, page)?.entries {
+                if last_path.as_ref().is_some_and(|last| *last >= entry.path) {
+                    return Err(Error::corrupt(entry.display_path(), "the file table is out of order"));
+                }
+                last_path = Some(entry.path.clone());
+                self.parts_must_fit(&entry)?;
+                take(entry)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A file's maps must not have more blocks than its length says.
+    fn parts_must_fit(&self, entry: &FileEntry) -> Result<()> {
+        let blocks = entry.len.div_ceil(u64::from(self.manifest.block_size));
+        if entry.parts.len() as u64 > blocks.div_ceil(u64::from(PART_BLOCKS)) {
+            return Err(Error::corrupt(entry.display_path(), "the file has more block maps than blocks"));
+        }
+        Ok(())
+    }
+
+    /// Where the tablespaces outside the data directory go; `map` has new places by the old ones.
+    ///
+    /// # Errors
+    /// `Invalid` for a map that names what the backup does not have, or one directory twice.
+    pub fn tablespaces(&self, map: &[(PathBuf, PathBuf)]) -> Result<BTreeMap<TablespaceOid, PathBuf>> {
+        let mut unused: BTreeSet<&Path> = map.iter().map(|(old, _)| old.as_path()).collect();
+        if unused.len() != map.len() {
+            return Err(Error::invalid("--tablespace-map names an old directory twice"));
+        }
+        let mut places = BTreeMap::new();
+        for tablespace in &self.manifest.tablespaces {
+            let Some(location) = &tablespace.location else { continue };
+            let old = Path::new(OsStr::from_bytes(&location.0));
+            let new = map.iter().find(|(from, _)| from == old).map_or(old, |(_, to)| to);
+            unused.remove(old);
+            places.insert(TablespaceOid::new(tablespace.oid), new.to_owned());
+        }
+        unused.first().map_or(Ok(places), |old| Err(self.unknown_tablespace(old)))
+    }
+
+    fn unknown_tablespace(&self, old: &Path) -> Error {
+        let what = format!("the backup has no tablespace in {}", old.display());
+        let known: Vec<_> = self.manifest.tablespaces.iter().filter_map(|t| t.location.as_ref()).collect();
+        let known: Vec<_> = known.iter().map(|location| String::from_utf8_lossy(&location.0)).collect();
+        Error::invalid(what).hint(if known.is_empty() {
+            "it has none outside its data directory".to_owned()
+        } else {
+            format!("its tablespaces are in: {}", known.join(", "))
+        })
+    }
+
+    /// PostgreSQL's `tablespace_map` with the directories `place` names for some: recovery makes the links anew by it. `None` if the
+    /// backup has none.
+    ///
+    /// # Errors
+    /// `Corrupt` if it makes no sense, `Unsupported` if a directory cannot be written in it.
+    pub fn tablespace_map(&self, place: impl Fn(TablespaceOid) -> Option<PathBuf>) -> Result<Option<Vec<u8>>> {
+        let Some(map) = &self.manifest.tablespace_map else { return Ok(None) };
+        let major = self.major()?;
+        let map = TablespaceMap::parse(&map.0, major)?.remap(|oid, old| {
+            let new = place(oid).map(|path| path.as_os_str().as_bytes().to_vec());
+            Ok(new.unwrap_or_else(|| old.to_vec()))
+        })?;
+        map.encode(major).map(Some)
+    }
+
+    /// PostgreSQL's major version.
+    ///
+    /// # Errors
+    /// `Unsupported` for one that we do not know.
+    pub fn major(&self) -> Result<MajorVersion> {
+        let major = self.manifest.postgres_major;
+        let unknown = || Error::new(ErrorKind::Unsupported, format!("the backup is of PostgreSQL {major}"));
+        MajorVersion::new(major).ok_or_else(unknown)
+    }
+
+    /// The owner and mode of a file that PostgreSQL did not have in its data directory, or that we make.
+    pub fn default_owner(&self) -> Owner {
+        let (uid, gid) = self.manifest.data_directory_owner;
+        let group_reads = self.manifest.data_directory_mode & 0o040 != 0;
+        Owner { uid, gid, mode: if group_reads { 0o640 } else { 0o600 } }
+    }
+
+    /// The owner and mode of the data directory.
+    pub fn directory_owner(&self) -> Owner {
+        Owner { mode: self.manifest.data_directory_mode, ..self.default_owner() }
+    }
+
+    /// The owner and mode of a file or directory of the backup.
+    pub fn owner_of(&self, entry: &FileEntry) -> Owner {
+        match entry.kind {
+            FileKind::File | FileKind::Directory => Owner { uid: entry.uid, gid: entry.gid, mode: entry.mode },
+            FileKind::Wal | FileKind::External => self.default_owner(),
+        }
+    }
+
+    /// Writes PostgreSQL's own manifest, by which `pg_verifybackup` checks the files.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write_pg_manifest<'a>(&self, file: File, files: impl Iterator<Item = Listed<'a>>) -> Result<()> {
+        let manifest = &self.manifest;
+        let no_system = |_| Error::corrupt(manifest.id.to_string(), "no system identifier");
+        let system = manifest.system_identifier.parse().map_err(no_system)?;
+        let failed = |e| Error::io("write", Path::new("backup_manifest"), e);
+        let mut out = PgManifestWriter::begin(BufWriter::new(file), self.major()?, system).map_err(failed)?;
+        for Listed { path, len, crc32c } in files {
+            let checksum = Some(PgFileChecksum::Crc32c(crc32c));
+            let file = PgManifestFile { path: path.to_vec(), size: len, last_modified: manifest.stop_time, checksum };
+            out.add_file(&file).map_err(failed)?;
+        }
+        let spans = manifest.wal.iter();
+        let range =
+            |span: &crate::repo::WalSpan| WalRange { timeline: span.timeline, start: span.start, end: span.end };
+        let out = out.finish(&spans.map(range).collect::<Vec<_>>()).map_err(failed)?;
+        out.into_inner().map(drop).map_err(|e| failed(e.into_error()))
+    }
+}
+
+/// Refuses a directory that no backup may be written to, wherever the backup is.
+///
+/// # Errors
+/// `Invalid`, with the reason.
+pub(crate) fn must_be_usable(repo: &Repository, target: &Path) -> Result<()> {
+    must_not_overlap(repo, target)?;
+    must_not_be_in_a_cluster(target)?;
+    match PostmasterPid::read(target)?.filter(PostmasterPid::is_alive) {
+        Some(pid) => {
+            let what = format!("a server (process {}) runs on {}", pid.pid, target.display());
+            Err(Error::invalid(what).hint("choose another directory, or stop it and move its directory away"))
+        }
+        None => Ok(()),
+    }
+}
+
+/// A target in the repository would be lost with it, and the other way round.
+pub(crate) fn must_not_overlap(repo: &Repository, target: &Path) -> Result<()> {
+    let (repo, target) = (resolve(Path::new(repo.place()))?, resolve(target)?);
+    if repo.starts_with(&target) || target.starts_with(&repo) {
+        let what = format!("the target {} and the repository {} lie in each other", target.display(), repo.display());
+        return Err(Error::invalid(what).hint("choose a directory outside of the repository"));
+    }
+    Ok(())
+}
+
+/// A directory in another cluster's would be backed up with it, and lost with it.
+fn must_not_be_in_a_cluster(target: &Path) -> Result<()> {
+    let resolved = resolve(target)?;
+    if UNFINISHED.iter().any(|name| resolved.join(name).exists()) {
+        let what = format!("{} holds a restore or an export that did not end", target.display());
+        return Err(Error::invalid(what).hint("delete it and run the command again"));
+    }
+    if resolved.exists() && !resolved.is_dir() {
+        return Err(Error::invalid(format!("{} is not a directory", target.display())));
+    }
+    let cluster = resolved.ancestors().skip(1).find(|ancestor| ancestor.join("PG_VERSION").is_file());
+    match cluster {
+        Some(cluster) => {
+            let what = format!("{} lies in the data directory {}", target.display(), cluster.display());
+            Err(Error::invalid(what).hint("choose a directory outside of it"))
+        }
+        None => Ok(()),
+    }
+}
