@@ -336,8 +336,8 @@ pub struct ExpireArgs {
     #[command(flatten)]
     pub repo: RepoArgs,
 
-    /// Remove what is to go even if it is pinned, or the last good backup.
-    #[arg(long)]
+    /// Remove the backups that are named even if they are pinned, unreadable, or the last good one.
+    #[arg(long, conflicts_with = "rules")]
     pub force: bool,
 
     /// How much of the stored data may be unused, in percent, before packs that are mostly unused are written anew; or
@@ -586,8 +586,8 @@ Examples:
   pgstrata expire --repo /backup/pg --keep-all
 
 Days, weeks, months and years are those of UTC. The oldest backup stays, too, while a rule for days, weeks and so on has \
-not found as many as it may keep. Pinned backups and the last good one stay without --force. Any backup can go: none \
-needs another. Exits with 4 while another run has the repository locked.";
+not found as many as it may keep. No rule removes a backup that is pinned, damaged or the last good one; by name, such a \
+one goes with --force. Any other can go: none needs another. Exits with 4 while another run has the repository locked.";
 
 const PIN_HELP: &str = "\
 Examples:
@@ -711,6 +711,8 @@ mod tests {
             }
         }
         assert_eq!(expire("2026 --keep-all"), Some(clap::error::ErrorKind::ArgumentConflict));
+        assert_eq!(expire("2026 --force"), None);
+        assert_eq!(expire("--keep-last 1 --force"), Some(clap::error::ErrorKind::ArgumentConflict));
         assert_eq!(expire("--keep-last 1 --keep-daily 7 --keep-within 14d"), None);
     }
 
