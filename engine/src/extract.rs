@@ -13,6 +13,7 @@
 mod chunks;
 mod crc;
 mod tree;
+mod unlogged;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -23,6 +24,7 @@ use std::path::{Path, PathBuf};
 
 pub(crate) use self::chunks::{Opened, Sink, TargetFile, Writer};
 pub(crate) use self::tree::{Choice, Tree, Written};
+use self::unlogged::Unlogged;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{
     MajorVersion, PgFileChecksum, PgManifestFile, PgManifestWriter, TablespaceMap, TablespaceOid, WalRange,
@@ -46,6 +48,8 @@ pub(crate) struct Chosen<'r> {
     pub backup: BackupSummary,
     /// Its root.
     pub manifest: Manifest,
+    /// Whether the copy starts without recovery, which else makes the main forks of unlogged relations.
+    pub starts_as_it_is: bool,
 }
 
 /// A file as PostgreSQL's `backup_manifest` lists it.
@@ -83,14 +87,15 @@ impl<'r> Chosen<'r> {
             let hint = "`pgstrata verify` tells which backups are whole; take one of them";
             return Err(Error::corrupt(object.as_str(), fault).hint(hint));
         }
-        Ok(Self { repo, backup, manifest })
+        Ok(Self { repo, backup, manifest, starts_as_it_is: false })
     }
 
-    /// Gives each entry of the file table, in order, to `take`.
+    /// Gives each entry of the file table, in order, to `take`; and what recovery would make, if there is to be none.
     ///
     /// # Errors
     /// `Corrupt` for a file table that contradicts itself; and those of `take`.
     pub fn entries(&self, mut take: impl FnMut(FileEntry) -> Result<()>) -> Result<()> {
+        let mut unlogged = self.starts_as_it_is.then(|| Unlogged::new(&self.manifest));
         let mut last_path: Option<Vec<u8>> = None;
         for page in &self.manifest.pages {
             for entry in read_page(&**self.repo.store(), &self.manifest.cluster, page)?.entries {
@@ -99,7 +104,9 @@ impl<'r> Chosen<'r> {
                 }
                 last_path = Some(entry.path.clone());
                 self.parts_must_fit(&entry)?;
+                let made = unlogged.as_mut().and_then(|unlogged| unlogged.main_fork(&entry));
                 take(entry)?;
+                made.map_or(Ok(()), &mut take)?;
             }
         }
         Ok(())

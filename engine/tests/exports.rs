@@ -45,6 +45,7 @@ impl Lab {
         cluster.append_zeros(relation, 30).unwrap();
         cluster.checkpoint().unwrap();
         add_odd_files(&directory, &scratch.path().join("space"));
+        add_unlogged_relation(&directory.join("base/5"), cluster.relations()[relation].number);
         let store = MemoryStore::new();
         let place = scratch.path().join("repository").display().to_string();
         let repo = Repository::init_in(Arc::new(store.clone()), place).unwrap();
@@ -72,6 +73,8 @@ impl Lab {
         walk(&self.path("cluster"), Path::new(""), &mut entries);
         walk(&self.path("space"), Path::new(OUTSIDE), &mut entries);
         entries.retain(|path, _| !is_wal_file(path));
+        let reset = entries[Path::new("base/5/30000_init")].clone();
+        entries.insert("base/5/30000".into(), reset);
         entries
     }
 }
@@ -98,6 +101,13 @@ fn add_odd_files(directory: &Path, space: &Path) {
     fs::set_permissions(&odd, fs::Permissions::from_mode(0o750)).unwrap();
     File::create(odd.join("zeros")).unwrap().set_len(ZEROS_LEN).unwrap();
     fs::write(directory.join("standby.signal"), "").unwrap();
+}
+
+/// An unlogged relation, whose init fork is a page of another relation.
+fn add_unlogged_relation(database: &Path, other: u32) {
+    let page = &fs::read(database.join(other.to_string())).unwrap()[..8192];
+    fs::write(database.join("30000_init"), page).unwrap();
+    fs::write(database.join("30000"), page.repeat(3)).unwrap();
 }
 
 /// Adds everything below `root`, without following links.

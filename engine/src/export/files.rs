@@ -15,7 +15,8 @@
 //!   the segments before it, which nobody will write to again, and the timeline histories are marked as archived (`archive_status/*.done`).
 //! * Histories are there of the backup's timeline alone, and files that only the source's links led to are there as files (`source`).
 //! * Modification times are not in a backup: `backup_manifest` and the archives say when the backup was consistent.
-//! * A stopped cluster's backup has no `backup_label`: what is written is the stopped cluster, with a `backup_manifest` besides.
+//! * A stopped cluster's backup has no `backup_label`: what is written is the stopped cluster, with a `backup_manifest` besides. It starts
+//!   without recovery, which would make the files of unlogged relations; they are made here (`extract/unlogged.rs`).
 //! * Configuration files from outside the data directory are in our backups. `pg_basebackup` does not see them: they are left out, and a
 //!   notice says so.
 //!
@@ -125,7 +126,8 @@ pub fn plan_files<'r>(
     backup: &str,
     options: &FilesOptions,
 ) -> Result<FilesPlan<'r>> {
-    let chosen = Chosen::find(repo, cluster, backup)?;
+    let mut chosen = Chosen::find(repo, cluster, backup)?;
+    chosen.starts_as_it_is = chosen.manifest.offline;
     let left_out = RefCell::new(Vec::new());
     let choose = |_: &Manifest, _: &[TargetFile], entry: FileEntry| {
         if entry.kind == FileKind::External {
