@@ -7,9 +7,10 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::{Args, Parser, Subcommand, ValueHint};
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use engine::Error;
 use engine::backup::{Compression, DetectorChoice};
+use engine::expire::{Count, Span};
 use engine::repo::ClusterName;
 
 use crate::units::parse_bytes;
@@ -33,6 +34,15 @@ pub enum Command {
     List(ListArgs),
     Verify(VerifyArgs),
     Restore(RestoreArgs),
+    Merge(MergeArgs),
+    Export(ExportArgs),
+    Expire(ExpireArgs),
+    /// Keep a backup whatever the rules of expire say.
+    #[command(after_help = PIN_HELP)]
+    Pin(PinArgs),
+    /// Take a pin away: the rules of expire decide again.
+    #[command(after_help = UNPIN_HELP)]
+    Unpin(PinArgs),
     Demo(DemoArgs),
     Completions(CompletionsArgs),
 }
@@ -223,6 +233,197 @@ pub struct RestoreArgs {
     pub common: CommonArgs,
 }
 
+/// Make a full backup out of what the repository holds.
+#[derive(Args)]
+#[command(after_help = MERGE_HELP)]
+pub struct MergeArgs {
+    /// What to make a full backup of: an id or the beginning of one, latest, oldest, latest-full.
+    #[arg(default_value = "latest")]
+    pub backup: String,
+
+    #[command(flatten)]
+    pub repo: RepoArgs,
+
+    /// Copy its data into packs of its own, in the order of the files: a restore of it reads the repository front to
+    /// back, and damage to the packs of other backups is none to it.
+    #[arg(long)]
+    pub repack: bool,
+
+    /// Read and check every byte that it needs first; otherwise only that every pack is there and has its length.
+    #[arg(long)]
+    pub verify: bool,
+
+    /// How many threads read and write [default: one per core].
+    #[arg(short, long, value_name = "N", value_parser = parse_jobs)]
+    pub jobs: Option<NonZeroUsize>,
+
+    /// How to compress what must be compressed anew: zstd:1 (fast) to zstd:19 (small), or none.
+    #[arg(long, value_name = "METHOD", value_parser = parse::<Compression>, default_value = "zstd:1")]
+    pub compress: Compression,
+
+    /// A line to remember the new backup by [default: that of the backup it is made of].
+    #[arg(long, value_name = "TEXT")]
+    pub note: Option<String>,
+
+    /// Say what would be read and written, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
+/// Copy a backup to another repository, or write it as pg_basebackup would.
+#[derive(Args)]
+#[command(after_help = EXPORT_HELP)]
+pub struct ExportArgs {
+    /// What to export: an id or the beginning of one, latest, oldest, latest-full.
+    #[arg(default_value = "latest")]
+    pub backup: String,
+
+    #[command(flatten)]
+    pub repo: RepoArgs,
+
+    /// The other repository; for plain and tar, the directory to write: a new one, or an empty one.
+    #[arg(long, value_name = "DIR", value_parser = parse_repo, value_hint = ValueHint::DirPath)]
+    pub to: PathBuf,
+
+    /// What to write: repository (a backup in another repository), plain (a data directory, as of pg_basebackup -Fp),
+    /// tar (archives, as of pg_basebackup -Ft).
+    #[arg(long, value_enum, default_value_t = ExportFormat::Repository, hide_possible_values = true)]
+    pub format: ExportFormat,
+
+    /// Create the other repository first if there is none.
+    #[arg(long)]
+    pub init: bool,
+
+    /// Put the tablespace that was in directory OLD into NEW; once for each tablespace. For the format plain.
+    #[arg(long, value_name = "OLD=NEW", value_parser = parse_tablespace_map)]
+    pub tablespace_map: Vec<(PathBuf, PathBuf)>,
+
+    /// How many threads read, check and write [default: one per core].
+    #[arg(short, long, value_name = "N", value_parser = parse_jobs)]
+    pub jobs: Option<NonZeroUsize>,
+
+    /// How to compress in the other repository what must be compressed anew: zstd:1 (fast) to zstd:19 (small), or none.
+    #[arg(long, value_name = "METHOD", value_parser = parse::<Compression>, default_value = "zstd:1")]
+    pub compress: Compression,
+
+    /// Say what would be written, how much and where, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
+/// In what form a backup is exported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExportFormat {
+    Repository,
+    Plain,
+    Tar,
+}
+
+/// Remove the backups that no rule keeps, then the data that no backup needs.
+#[derive(Args)]
+#[command(after_help = EXPIRE_HELP)]
+pub struct ExpireArgs {
+    /// Remove just these instead: ids or beginnings of ids, latest, oldest, latest-full.
+    #[arg(value_name = "BACKUP", conflicts_with = "rules")]
+    pub backups: Vec<String>,
+
+    #[command(flatten)]
+    pub repo: RepoArgs,
+
+    /// Remove the backups that are named even if they are pinned, unreadable, or the last good one.
+    #[arg(long, conflicts_with = "rules")]
+    pub force: bool,
+
+    /// How much of the stored data may be unused, in percent, before packs that are mostly unused are written anew; or
+    /// unlimited, for never.
+    #[arg(long, value_name = "PERCENT", value_parser = parse_max_unused, default_value = "25")]
+    pub max_unused: MaxUnused,
+
+    /// How to compress what is put together anew: zstd:1 (fast) to zstd:19 (small), or none.
+    #[arg(long, value_name = "METHOD", value_parser = parse::<Compression>, default_value = "zstd:1")]
+    pub compress: Compression,
+
+    /// How many threads read and write [default: one per core].
+    #[arg(short, long, value_name = "N", value_parser = parse_jobs)]
+    pub jobs: Option<NonZeroUsize>,
+
+    /// Say what would go and what would stay, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+
+    #[command(flatten)]
+    pub common: CommonArgs,
+
+    // Last, for its heading is that of all that follow without one.
+    #[command(flatten)]
+    pub keep: KeepArgs,
+}
+
+/// Which backups stay: those that any of the rules keeps. N can be unlimited; 0 is no rule.
+#[derive(Args)]
+#[group(id = "rules", multiple = true)]
+#[command(next_help_heading = "Rules (a backup stays if any of them keeps it)")]
+pub struct KeepArgs {
+    /// Keep the newest N backups.
+    #[arg(long, value_name = "N", value_parser = parse::<Count>)]
+    pub keep_last: Option<Count>,
+
+    /// Keep what is less than so much older than the newest backup: 14d, 2w, 2y5m7d3h (years, months, days, hours).
+    #[arg(long, value_name = "SPAN", value_parser = parse::<Span>)]
+    pub keep_within: Option<Span>,
+
+    /// Keep the newest backup of each of the last N hours that have one; all of this in UTC.
+    #[arg(long, value_name = "N", value_parser = parse::<Count>)]
+    pub keep_hourly: Option<Count>,
+
+    /// Keep the newest backup of each of the last N days that have one.
+    #[arg(long, value_name = "N", value_parser = parse::<Count>)]
+    pub keep_daily: Option<Count>,
+
+    /// Keep the newest backup of each of the last N weeks (from Monday) that have one.
+    #[arg(long, value_name = "N", value_parser = parse::<Count>)]
+    pub keep_weekly: Option<Count>,
+
+    /// Keep the newest backup of each of the last N months that have one.
+    #[arg(long, value_name = "N", value_parser = parse::<Count>)]
+    pub keep_monthly: Option<Count>,
+
+    /// Keep the newest backup of each of the last N years that have one.
+    #[arg(long, value_name = "N", value_parser = parse::<Count>)]
+    pub keep_yearly: Option<Count>,
+
+    /// Remove no backup, only what interrupted runs left and no backup needs.
+    #[arg(long, conflicts_with_all = RULES)]
+    pub keep_all: bool,
+}
+
+/// The options that are a rule of the policy, by the names of their fields.
+pub const RULES: [&str; 7] =
+    ["keep_last", "keep_within", "keep_hourly", "keep_daily", "keep_weekly", "keep_monthly", "keep_yearly"];
+
+/// Percentage of the stored data that may be unused; unlimited if `None`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MaxUnused(pub Option<u8>);
+
+/// Which backup to pin or unpin.
+#[derive(Args)]
+pub struct PinArgs {
+    /// An id or the beginning of one, latest, oldest, latest-full.
+    pub backup: String,
+
+    #[command(flatten)]
+    pub repo: RepoArgs,
+
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
 /// Show all of it on a throwaway cluster: back up under load, restore, compare, clean up.
 #[derive(Args)]
 #[command(after_help = DEMO_HELP)]
@@ -267,6 +468,17 @@ fn parse_jobs(text: &str) -> Result<NonZeroUsize, String> {
     text.parse().map_err(|_| "expected a number of threads, 1 or more".to_owned())
 }
 
+/// Reads a percentage, with or without its sign, or `unlimited`.
+fn parse_max_unused(text: &str) -> Result<MaxUnused, String> {
+    if text == "unlimited" {
+        return Ok(MaxUnused(None));
+    }
+    let percent = text.strip_suffix('%').unwrap_or(text).parse().ok().filter(|percent| *percent <= 100);
+    percent
+        .map(|percent| MaxUnused(Some(percent)))
+        .ok_or_else(|| "use a percentage of 0 to 100, or unlimited".to_owned())
+}
+
 /// Splits `OLD=NEW` at its only bare `=`; `\=` stands for one inside a name.
 ///
 /// PostgreSQL: `src/bin/pg_basebackup/pg_basebackup.c`, `tablespace_list_append`.
@@ -296,6 +508,7 @@ Examples:
   pgstrata demo
   pgstrata backup --init --repo /backup/pg -D /var/lib/postgresql/15/main
   pgstrata list --repo /backup/pg
+  pgstrata expire --repo /backup/pg --keep-daily 7 --keep-weekly 4
   pgstrata restore --repo /backup/pg --target /var/lib/postgresql/15/restored
 
 Every long option can also be set in the environment (--max-rate as PGSTRATA_MAX_RATE) and in the configuration file \
@@ -345,6 +558,49 @@ Examples:
 
 Run it as the user who will run the server, then start PostgreSQL on the directory: it recovers by itself. Exits with \
 3 if the backup lists pages that were corrupt in the source: the copy has them too.";
+
+const MERGE_HELP: &str = "\
+Examples:
+  pgstrata merge --repo /backup/pg
+  pgstrata merge 20261121T0105 --repo /backup/pg --verify --note 'end of November'
+  pgstrata merge --repo /backup/pg --repack
+
+The new backup restores to the same moment as the one that it is made of, which stays. Without --repack it shares that \
+one's data and costs next to nothing. No merge is needed to restore or to expire an incremental.";
+
+const EXPORT_HELP: &str = "\
+Examples:
+  # Off to another disk, with only what is missing there:
+  pgstrata export --repo /backup/pg --to /mnt/offsite/pg --init
+  # A data directory and archives as of pg_basebackup, without pgstrata's settings:
+  pgstrata export --repo /backup/pg --to /srv/pg --format plain --tablespace-map /fast/a=/srv/a
+  pgstrata export 20261121T0105 --repo /backup/pg --to /srv/tar --format tar
+
+Exits with 3 if the backup lists pages that were corrupt in the source: what is exported has them too.";
+
+const EXPIRE_HELP: &str = "\
+Examples:
+  # After each backup, from cron:
+  pgstrata expire --repo /backup/pg --keep-daily 7 --keep-weekly 4 --keep-monthly 12
+  # What would that remove?
+  pgstrata expire --repo /backup/pg --keep-within 14d --dry-run
+  # Just these:
+  pgstrata expire 20261101 20261102 --repo /backup/pg
+  # No backup, only what interrupted runs left:
+  pgstrata expire --repo /backup/pg --keep-all
+
+Days, weeks, months and years are those of UTC. The oldest backup stays, too, while a rule for days, weeks and so on has \
+not found as many as it may keep. No rule removes a backup that is pinned, damaged or the last good one; by name, such a \
+one goes with --force. Any other can go: none needs another. Exits with 4 while another run has the repository locked.";
+
+const PIN_HELP: &str = "\
+Examples:
+  pgstrata pin latest --repo /backup/pg
+  pgstrata pin 20261121T0105 --repo /backup/pg";
+
+const UNPIN_HELP: &str = "\
+Example:
+  pgstrata unpin 20261121T0105 --repo /backup/pg";
 
 const DEMO_HELP: &str = "\
 Examples:
@@ -417,6 +673,51 @@ mod tests {
         let line = ["pgstrata", "backup", "--repo", "/r", "-D", "/d", "--offline", "-d", "host=db"];
         let error = Cli::try_parse_from(line).err().unwrap();
         assert_eq!(error.kind(), clap::error::ErrorKind::ArgumentConflict);
+    }
+
+    #[test]
+    fn a_rule_that_is_refused_says_what_is_allowed() {
+        let cases = [
+            ("--keep-last", "-1", "use a number, or unlimited"),
+            ("--keep-daily", "all", "use a number, or unlimited"),
+            ("--keep-within", "14", "as in 14d, 2w or 2y5m7d3h"),
+            ("--max-unused", "101", "a percentage of 0 to 100, or unlimited"),
+            ("--max-unused", "-1", "a percentage of 0 to 100, or unlimited"),
+        ];
+        for (option, value, allowed) in cases {
+            let option = format!("{option}={value}");
+            let error = Cli::try_parse_from(["pgstrata", "expire", "--repo", "/r", &option]).err().unwrap();
+            let message = error.to_string();
+            assert!(message.contains(value) && message.contains(allowed), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_share_that_may_be_unused_is_a_percentage_or_unlimited() {
+        let cases = [("0", Some(0)), ("25", Some(25)), ("100%", Some(100)), ("unlimited", None)];
+        for (text, percent) in cases {
+            assert_eq!(parse_max_unused(text), Ok(MaxUnused(percent)), "{text}");
+        }
+    }
+
+    #[test]
+    fn backups_are_named_or_chosen_by_rules() {
+        let expire = |line: &str| {
+            let words = ["pgstrata", "expire", "--repo", "/r"].into_iter().chain(line.split_whitespace());
+            Cli::try_parse_from(words).err().map(|error| error.kind())
+        };
+        for rule in RULES {
+            let rule = format!("--{}=1{}", rule.replace('_', "-"), if rule == "keep_within" { "d" } else { "" });
+            assert_eq!(expire(&rule), None, "{rule}");
+            for other in ["2026", "--keep-all"] {
+                let line = format!("{rule} {other}");
+                assert_eq!(expire(&line), Some(clap::error::ErrorKind::ArgumentConflict), "{line}");
+            }
+        }
+        assert_eq!(expire("2026 --keep-all"), Some(clap::error::ErrorKind::ArgumentConflict));
+        assert_eq!(expire("2026 --force"), None);
+        assert_eq!(expire("--keep-last 1 --force"), Some(clap::error::ErrorKind::ArgumentConflict));
+        assert_eq!(expire("--keep-last 1 --keep-daily 7 --keep-within 14d"), None);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use clap::CommandFactory;
 use engine::progress::Phase;
 use engine::repo::{BackupSummary, Catalog, ClusterName, Repository};
-use engine::{Error, ErrorKind, backup, restore, verify};
+use engine::{Error, ErrorKind, backup, expire, export, merge, pin, restore, verify};
 
 use crate::args::Cli;
 use crate::config::{Request, Sources};
@@ -32,14 +32,31 @@ fn perform(request: Request, out: Printer) -> Result<Exit, Failure> {
         Request::List { repo, cluster, backup: Some(backup) } => show(&repo, &cluster, &backup, out),
         Request::Verify { repo, cluster, backup, options } => check(&repo, &cluster, &backup, &options, out),
         Request::Restore { repo, cluster, backup, dry_run: true, options } => {
-            let repository = open(&repo)?;
-            other_clusters(&repository, &cluster)?;
+            let repository = open_with(&repo, &cluster)?;
             let plan = restore::plan(&repository, &cluster, &backup, &options)?;
             out.plan(&plan.to_string())
         }
         Request::Restore { repo, cluster, backup, dry_run: false, options } => {
             bring_back(&repo, &cluster, &backup, &options, out)
         }
+        Request::Merge { repo, dry_run: true, options } => {
+            let repository = open_with(&repo, &options.cluster)?;
+            let plan = merge::plan(&repository, &options)?;
+            out.plan(&plan.to_string())
+        }
+        Request::Merge { repo, dry_run: false, options } => synthesize(&repo, &options, out),
+        Request::Copy { repo, to, init, dry_run: true, options } => plan_copy(&repo, &to, init, &options, out),
+        Request::Copy { repo, to, init, dry_run: false, options } => copy(&repo, &to, init, &options, out),
+        Request::Unpack { repo, cluster, backup, dry_run: true, options } => {
+            let repository = open_with(&repo, &cluster)?;
+            let plan = export::plan_files(&repository, &cluster, &backup, &options)?;
+            out.plan(&plan.to_string())
+        }
+        Request::Unpack { repo, cluster, backup, dry_run: false, options } => {
+            unpack(&repo, &cluster, &backup, &options, out)
+        }
+        Request::Expire { repo, dry_run, options } => remove(&repo, dry_run, &options, out),
+        Request::Pin { repo, cluster, backup, pinned } => set_pin(&repo, &cluster, &backup, pinned, out),
         Request::Demo { keep, dir } => demo::run(keep, dir.as_deref(), out),
         Request::Completions { shell } => completions(shell, out),
     }
@@ -49,18 +66,29 @@ fn open(repo: &Path) -> Result<Repository, Failure> {
     Repository::open(repo).map_err(Failure::opening)
 }
 
+/// The repository, if `cluster` can be in it.
+fn open_with(repo: &Path, cluster: &ClusterName) -> Result<Repository, Failure> {
+    let repository = open(repo)?;
+    other_clusters(&repository, cluster)?;
+    Ok(repository)
+}
+
 /// Says so whenever it creates one: a nightly job that keeps `--init` would otherwise pass over a disk that is not
 /// mounted, night after night, into the empty directory under it. Where no backup can be made, it creates none.
 fn open_or_create(repo: &Path, options: &backup::Options) -> Result<Repository, Failure> {
     match Repository::open(repo) {
         Err(error) if error.kind() == ErrorKind::Missing => {
             backup::check(options, repo)?;
-            let repository = Repository::init(repo)?;
-            report::print_notice(&format!("created a repository in {}", repo.display()));
-            Ok(repository)
+            create(repo)
         }
         opened => opened.map_err(Failure::opening),
     }
+}
+
+fn create(repo: &Path) -> Result<Repository, Failure> {
+    let repository = Repository::init(repo)?;
+    report::print_notice(&format!("created a repository in {}", repo.display()));
+    Ok(repository)
 }
 
 fn init(repo: &Path, out: Printer) -> Result<Exit, Failure> {
@@ -109,8 +137,7 @@ fn say_what_damage_came_to_light(damage: &[String], repo: &Path) {
 fn say_what_is_corrupt(backup: &BackupSummary, place: &str, repo: &Path) -> Exit {
     let pages = backup.corrupt_pages.len() as u64;
     if pages > 0 {
-        let repo = report::shell_word(&repo.display().to_string());
-        let hint = format!("pgstrata info {} --repo {repo}", backup.id);
+        let hint = format!("pgstrata info {} {}", backup.id, report::whereabouts(repo, &backup.cluster));
         report::print_error(&format!("done, but {place} has {}", count(pages, "corrupt page")), Some(&hint));
     }
     Exit::done(pages > 0)
@@ -150,8 +177,7 @@ fn say_what_other_clusters_there_are(others: &[String]) {
 }
 
 fn show(repo: &Path, cluster: &ClusterName, backup: &str, out: Printer) -> Result<Exit, Failure> {
-    let repository = open(repo)?;
-    other_clusters(&repository, cluster)?;
+    let repository = open_with(repo, cluster)?;
     let catalog = repository.catalog(cluster).map_err(Failure::opening)?;
     let backup = catalog.select(backup)?;
     out.document(&backup, || report::details(&backup))?;
@@ -196,8 +222,7 @@ fn bring_back(
     options: &restore::Options,
     out: Printer,
 ) -> Result<Exit, Failure> {
-    let repository = open(repo)?;
-    other_clusters(&repository, cluster)?;
+    let repository = open_with(repo, cluster)?;
     let bars = Arc::new(Bars::new());
     let target = report::shell_word(&options.target.display().to_string());
     let meaning = move |phase: Option<Phase>| match phase {
@@ -209,6 +234,110 @@ fn bring_back(
     let done = interrupt::explained(&bars, meaning, run)??;
     out.document(&done, || report::restore(&done))?;
     Ok(say_what_is_corrupt(&done.backup, "the restored cluster", repo))
+}
+
+fn synthesize(repo: &Path, options: &merge::Options, out: Printer) -> Result<Exit, Failure> {
+    let repository = open_with(repo, &options.cluster)?;
+    let bars = Arc::new(Bars::new());
+    let meaning = |_| "no backup was made".to_owned();
+    let done = interrupt::explained(&bars, meaning, || merge::run(&repository, options, &*bars))??;
+    out.document(&done, || report::merge(&done, repo))?;
+    Ok(say_what_is_corrupt(&done.backup, "the merged backup", repo))
+}
+
+fn plan_copy(repo: &Path, to: &Path, init: bool, options: &export::Options, out: Printer) -> Result<Exit, Failure> {
+    let repository = open_with(repo, &options.cluster)?;
+    match open_other(to, init)? {
+        Some(other) => {
+            let plan = export::plan(&repository, &other, options)?;
+            out.plan(&plan.to_string())
+        }
+        None => {
+            let backup = select(&repository, &options.cluster, &options.backup)?;
+            let to = to.display();
+            out.plan(&format!(
+                "would create a repository in {to} and copy backup {} with all its data to it",
+                backup.id
+            ))
+        }
+    }
+}
+
+fn copy(repo: &Path, to: &Path, init: bool, options: &export::Options, out: Printer) -> Result<Exit, Failure> {
+    let repository = open_with(repo, &options.cluster)?;
+    let other = match open_other(to, init)? {
+        Some(other) => other,
+        None => {
+            select(&repository, &options.cluster, &options.backup)?;
+            create(to)?
+        }
+    };
+    let bars = Arc::new(Bars::new());
+    let meaning = |_| "the other repository has no new backup".to_owned();
+    let run = || export::to_repository(&repository, &other, options, &*bars);
+    let done = interrupt::explained(&bars, meaning, run)??;
+    out.document(&done, || report::copy(&done, to))?;
+    Ok(say_what_is_corrupt(&done.backup, "the exported backup", to))
+}
+
+/// The repository to copy to; none if it is to be made first.
+fn open_other(to: &Path, init: bool) -> Result<Option<Repository>, Failure> {
+    match Repository::open(to) {
+        Ok(other) => Ok(Some(other)),
+        Err(error) if error.kind() == ErrorKind::Missing && init => Ok(None),
+        Err(error) if error.kind() == ErrorKind::Missing => Err(Failure::opening(error.hint("create it with --init"))),
+        Err(error) => Err(Failure::opening(error)),
+    }
+}
+
+fn select(repository: &Repository, cluster: &ClusterName, backup: &str) -> Result<BackupSummary, Failure> {
+    Ok(repository.catalog(cluster).map_err(Failure::opening)?.select(backup)?)
+}
+
+fn unpack(
+    repo: &Path,
+    cluster: &ClusterName,
+    backup: &str,
+    options: &export::FilesOptions,
+    out: Printer,
+) -> Result<Exit, Failure> {
+    let repository = open_with(repo, cluster)?;
+    let bars = Arc::new(Bars::new());
+    let target = report::shell_word(&options.target.display().to_string());
+    let meaning = move |phase: Option<Phase>| match phase {
+        None => "no file was exported".to_owned(),
+        Some(_) => format!("{target} is incomplete; delete it before exporting again"),
+    };
+    let run = || export::to_files(&repository, cluster, backup, options, &*bars);
+    let done = interrupt::explained(&bars, meaning, run)??;
+    out.document(&done, || report::unpack(&done))?;
+    Ok(say_what_is_corrupt(&done.backup, "the exported cluster", repo))
+}
+
+fn remove(repo: &Path, dry_run: bool, options: &expire::Options, out: Printer) -> Result<Exit, Failure> {
+    let repository = open_with(repo, &options.cluster)?;
+    let done = if dry_run { expire::plan(&repository, options)? } else { expire_backups(&repository, options)? };
+    out.document(&done, || report::expire(&done))?;
+    for refused in &done.refused {
+        report::print_error(&format!("cannot be deleted: {refused}"), None);
+    }
+    Ok(if done.refused.is_empty() { Exit::Done } else { Exit::Failed })
+}
+
+fn expire_backups(repository: &Repository, options: &expire::Options) -> Result<expire::Report, Failure> {
+    let bars = Arc::new(Bars::new());
+    let meaning = |_| "every backup that is listed is whole; run it again for the rest".to_owned();
+    Ok(interrupt::explained(&bars, meaning, || expire::run(repository, options, &*bars))??)
+}
+
+fn set_pin(repo: &Path, cluster: &ClusterName, backup: &str, pinned: bool, out: Printer) -> Result<Exit, Failure> {
+    let repository = open_with(repo, cluster)?;
+    let backup = pin::set(&repository, cluster, backup, pinned)?;
+    out.document(&backup, || match pinned {
+        true => format!("pinned {}: expire leaves it alone\n", backup.id),
+        false => format!("unpinned {}: expire decides about it again\n", backup.id),
+    })?;
+    Ok(Exit::Done)
 }
 
 fn completions(shell: clap_complete::Shell, out: Printer) -> Result<Exit, Failure> {

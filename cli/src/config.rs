@@ -5,7 +5,8 @@
 //! definitions as default values, so an option has one definition, one parser and one meaning wherever it is given.
 //! Each such value is also parsed on its own first: clap's error would not say where it came from.
 //!
-//! `--full`, `--differential` and `--parent` are one choice: whichever layer makes it, lower layers are not asked.
+//! `--full`, `--differential` and `--parent` are one choice: whichever layer makes it, lower layers are not asked. Likewise,
+//! `expire` with backups or rules that are typed does not ask whether the layers below keep all.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -16,9 +17,12 @@ use clap::builder::OsStr;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches};
 use engine::repo::ClusterName;
-use engine::{Error, backup, restore, verify};
+use engine::{Error, backup, expire, export, merge, restore, verify};
 
-use crate::args::{BackupArgs, Cli, Command, RestoreArgs, VerifyArgs};
+use crate::args::{
+    BackupArgs, Cli, Command, ExpireArgs, ExportArgs, ExportFormat, KeepArgs, MergeArgs, PinArgs, RULES, RestoreArgs,
+    VerifyArgs,
+};
 use crate::report::Failure;
 
 const DEFAULT_FILE: &str = "/etc/pgstrata/pgstrata.toml";
@@ -43,6 +47,11 @@ pub enum Request {
     List { repo: PathBuf, cluster: ClusterName, backup: Option<String> },
     Verify { repo: PathBuf, cluster: ClusterName, backup: String, options: verify::Options },
     Restore { repo: PathBuf, cluster: ClusterName, backup: String, dry_run: bool, options: restore::Options },
+    Merge { repo: PathBuf, dry_run: bool, options: merge::Options },
+    Copy { repo: PathBuf, to: PathBuf, init: bool, dry_run: bool, options: export::Options },
+    Unpack { repo: PathBuf, cluster: ClusterName, backup: String, dry_run: bool, options: export::FilesOptions },
+    Expire { repo: PathBuf, dry_run: bool, options: expire::Options },
+    Pin { repo: PathBuf, cluster: ClusterName, backup: String, pinned: bool },
     Demo { keep: bool, dir: Option<PathBuf> },
     Completions { shell: clap_complete::Shell },
 }
@@ -316,6 +325,11 @@ fn request(matches: &ArgMatches, env: &dyn Fn(&str) -> Option<OsString>) -> Resu
         Command::List(args) => Request::List { repo: args.repo.repo, cluster: args.repo.cluster, backup: args.backup },
         Command::Verify(args) => verify_request(args),
         Command::Restore(args) => restore_request(args),
+        Command::Merge(args) => merge_request(args),
+        Command::Export(args) => export_request(args, command_matches)?,
+        Command::Expire(args) => expire_request(args, command_matches)?,
+        Command::Pin(args) => pin_request(args, true),
+        Command::Unpin(args) => pin_request(args, false),
         Command::Demo(args) => Request::Demo { keep: args.keep, dir: args.dir },
         Command::Completions(args) => Request::Completions { shell: args.shell },
     })
@@ -340,8 +354,7 @@ fn backup_request(args: BackupArgs, matches: Option<&ArgMatches>, env: &dyn Fn(&
 
 /// The parent that is asked for; once the command line asks for one, what lies under it counts no more.
 fn parent_choice(args: &BackupArgs, matches: Option<&ArgMatches>) -> backup::ParentChoice {
-    let typed = |option: &&str| matches.and_then(|m| m.value_source(option)) == Some(ValueSource::CommandLine);
-    let choice = PARENT_CHOICE.iter().copied().find(|option| typed(option));
+    let choice = PARENT_CHOICE.into_iter().find(|option| is_typed(matches, option));
     let asks = |option| choice.is_none_or(|choice| choice == option);
     match &args.parent.parent {
         Some(backup) if asks("parent") => backup::ParentChoice::Named(backup.clone()),
@@ -349,6 +362,11 @@ fn parent_choice(args: &BackupArgs, matches: Option<&ArgMatches>) -> backup::Par
         _ if args.parent.differential && asks("differential") => backup::ParentChoice::Differential,
         _ => backup::ParentChoice::Automatic,
     }
+}
+
+/// Whether an option, by its field's name, is on the command line; not whether a lower layer sets it.
+fn is_typed(matches: Option<&ArgMatches>, option: &str) -> bool {
+    matches.and_then(|matches| matches.value_source(option)) == Some(ValueSource::CommandLine)
 }
 
 fn verify_request(args: VerifyArgs) -> Request {
@@ -367,11 +385,105 @@ fn restore_request(args: RestoreArgs) -> Request {
     Request::Restore { repo: repo.repo, cluster: repo.cluster, backup, dry_run, options }
 }
 
+fn merge_request(args: MergeArgs) -> Request {
+    let options = merge::Options {
+        cluster: args.repo.cluster,
+        backup: args.backup,
+        repack: args.repack,
+        verify: args.verify,
+        jobs: args.jobs,
+        compression: args.compress,
+        note: args.note,
+    };
+    Request::Merge { repo: args.repo.repo, dry_run: args.dry_run, options }
+}
+
+/// What is typed must be of use for the format; what the layers below say may be meant for another one.
+fn export_request(args: ExportArgs, matches: Option<&ArgMatches>) -> Result<Request, Failure> {
+    let useless: &[&str] = match args.format {
+        ExportFormat::Repository => &["tablespace_map"],
+        ExportFormat::Plain => &["init", "compress"],
+        ExportFormat::Tar => &["init", "compress", "tablespace_map"],
+    };
+    if let Some(option) = useless.iter().find(|option| is_typed(matches, option)) {
+        let format = if *option == "tablespace_map" { "plain" } else { "repository" };
+        return Err(Failure::usage(format!("--{} is only for --format {format}", option.replace('_', "-"))));
+    }
+    Ok(match args.format {
+        ExportFormat::Repository => copy_request(args),
+        ExportFormat::Plain => unpack_request(args, export::FileFormat::Plain),
+        ExportFormat::Tar => unpack_request(ExportArgs { tablespace_map: Vec::new(), ..args }, export::FileFormat::Tar),
+    })
+}
+
+fn copy_request(args: ExportArgs) -> Request {
+    let ExportArgs { backup, repo, to, init, jobs, compress, dry_run, .. } = args;
+    let options = export::Options { cluster: repo.cluster, backup, jobs, compression: compress };
+    Request::Copy { repo: repo.repo, to, init, dry_run, options }
+}
+
+fn unpack_request(args: ExportArgs, format: export::FileFormat) -> Request {
+    let ExportArgs { backup, repo, to, tablespace_map, jobs, dry_run, .. } = args;
+    let options = export::FilesOptions { target: to, format, tablespace_map, jobs };
+    Request::Unpack { repo: repo.repo, cluster: repo.cluster, backup, dry_run, options }
+}
+
+fn expire_request(args: ExpireArgs, matches: Option<&ArgMatches>) -> Result<Request, Failure> {
+    let options = expire::Options {
+        selection: selection(args.backups, &args.keep, matches)?,
+        cluster: args.repo.cluster,
+        force: args.force,
+        max_unused: args.max_unused.0,
+        compression: args.compress,
+        jobs: args.jobs,
+    };
+    Ok(Request::Expire { repo: args.repo.repo, dry_run: args.dry_run, options })
+}
+
+/// Backups that are named win over rules, rules that are typed over a `keep-all` that is not.
+fn selection(
+    backups: Vec<String>,
+    keep: &KeepArgs,
+    matches: Option<&ArgMatches>,
+) -> Result<expire::Selection, Failure> {
+    let policy = policy(keep);
+    let rule_is_typed = RULES.into_iter().any(|rule| is_typed(matches, rule));
+    match () {
+        () if !backups.is_empty() => Ok(expire::Selection::Named(backups)),
+        () if keep.keep_all && !rule_is_typed => Ok(expire::Selection::Nothing),
+        () if !policy.is_empty() => Ok(expire::Selection::Policy(policy)),
+        () => Err(Failure::Usage {
+            text: "nothing says which backups to keep, nor which to remove".to_owned(),
+            hint: Some(
+                "give a rule, as in --keep-last 7 or --keep-daily 7, or the backups to remove; \
+                 --keep-all removes no backup, only data that none needs",
+            ),
+        }),
+    }
+}
+
+fn policy(keep: &KeepArgs) -> expire::Policy {
+    expire::Policy {
+        last: keep.keep_last,
+        within: keep.keep_within,
+        hourly: keep.keep_hourly,
+        daily: keep.keep_daily,
+        weekly: keep.keep_weekly,
+        monthly: keep.keep_monthly,
+        yearly: keep.keep_yearly,
+    }
+}
+
+fn pin_request(args: PinArgs, pinned: bool) -> Request {
+    Request::Pin { repo: args.repo.repo, cluster: args.repo.cluster, backup: args.backup, pinned }
+}
+
 #[cfg(test)]
 mod tests {
     use std::num::NonZero;
 
     use engine::backup::{Compression, ParentChoice};
+    use engine::expire::Count;
 
     use super::*;
 
@@ -395,7 +507,7 @@ mod tests {
 
     fn usage_error(file: &str, env: &[(&str, &str)], line: &str) -> String {
         match resolve(file, env, line).1 {
-            Err(Failure::Usage(text)) => {
+            Err(Failure::Usage { text, .. }) => {
                 text.rsplit_once("/pgstrata.toml").map(|(_, text)| text.to_owned()).unwrap_or(text)
             }
             Err(failure) => panic!("{line}: {failure:?}"),
@@ -478,13 +590,114 @@ mod tests {
         assert!(matches!(result, Err(Failure::Arguments(_))));
     }
 
+    fn expire_options(file: &str, env: &[(&str, &str)], line: &str) -> expire::Options {
+        match resolve(file, env, line).1 {
+            Ok(Request::Expire { options, .. }) => options,
+            Ok(_) => panic!("{line} is no expire"),
+            Err(failure) => panic!("{line}: {failure:?}"),
+        }
+    }
+
+    fn rules(file: &str, env: &[(&str, &str)], line: &str) -> expire::Policy {
+        match expire_options(file, env, line).selection {
+            expire::Selection::Policy(policy) => policy,
+            selection => panic!("{line}: {selection:?}"),
+        }
+    }
+
+    #[test]
+    fn the_rules_of_expire_can_stand_in_every_layer_and_add_up() {
+        let file =
+            "repo = '/r'\n[expire]\nkeep-daily = 7\nkeep_within = '2w'\nmax-unused = 'unlimited'\nkeep-last = 3\n";
+        let env = [("PGSTRATA_KEEP_MONTHLY", "unlimited"), ("PGSTRATA_KEEP_LAST", "4")];
+        let wanted = expire::Policy {
+            last: Some(Count::Number(5)),
+            within: Some("14d".parse().unwrap()),
+            daily: Some(Count::Number(7)),
+            monthly: Some(Count::Unlimited),
+            ..expire::Policy::default()
+        };
+        assert_eq!(rules(file, &env, "expire --keep-last 5"), wanted);
+        assert_eq!(rules(file, &env, "expire"), expire::Policy { last: Some(Count::Number(4)), ..wanted });
+        assert_eq!(expire_options(file, &env, "expire").max_unused, None);
+        assert_eq!(expire_options(file, &env, "expire --max-unused 10%").max_unused, Some(10));
+        assert_eq!(expire_options("", &[], "expire --repo /r --keep-last 1").max_unused, Some(25));
+        let error = usage_error("[expire]\nkeep-daily = -1", &[], "expire --repo /r");
+        assert!(error.contains(": [expire] keep-daily: ") && error.contains("use a number, or unlimited"), "{error}");
+    }
+
+    #[test]
+    fn backups_that_are_named_go_whatever_the_layers_below_would_keep() {
+        for (file, env) in [
+            ("[expire]\nkeep-daily = 7\nkeep-all = true", &[][..]),
+            ("", &[("PGSTRATA_KEEP_LAST", "1"), ("PGSTRATA_KEEP_ALL", "yes")]),
+        ] {
+            match expire_options(file, env, "expire 2026 latest --repo /r --force").selection {
+                expire::Selection::Named(backups) => assert_eq!(backups, ["2026", "latest"]),
+                selection => panic!("{selection:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn to_keep_all_is_a_choice_that_typed_rules_undo() {
+        let all = "[expire]\nkeep-all = true\nkeep-daily = 7";
+        assert!(matches!(expire_options(all, &[], "expire --repo /r").selection, expire::Selection::Nothing));
+        assert_eq!(rules(all, &[], "expire --repo /r --keep-last 1").last, Some(Count::Number(1)));
+        let typed = expire_options("keep-daily = 7", &[], "expire --repo /r --keep-all");
+        assert!(matches!(typed.selection, expire::Selection::Nothing));
+    }
+
+    #[test]
+    fn expire_without_a_rule_says_how_to_give_one() {
+        for (file, line) in [
+            ("", "expire --repo /r"),
+            ("", "expire --repo /r --keep-last 0 --keep-within 0d"),
+            ("[expire]\nkeep-daily = 0", "expire --repo /r --dry-run"),
+        ] {
+            let Err(Failure::Usage { text, hint: Some(hint) }) = resolve(file, &[], line).1 else { panic!("{line}") };
+            assert!(text.contains("which backups to keep"), "{text}");
+            assert!(hint.contains("--keep-last") && hint.contains("--keep-all"), "{hint}");
+        }
+    }
+
+    #[test]
+    fn an_export_is_a_copy_in_another_repository_or_files() {
+        let line = "export oldest --repo /r --to /t --init --compress none";
+        let Ok(Request::Copy { repo, to, init: true, options, .. }) = resolve("", &[], line).1 else {
+            panic!("no copy");
+        };
+        assert_eq!((repo, to, options.backup.as_str()), ("/r".into(), "/t".into(), "oldest"));
+        let line = "export --repo /r --to /t --format plain --tablespace-map /a=/b";
+        let Ok(Request::Unpack { backup, options, .. }) = resolve("", &[], line).1 else { panic!("no files") };
+        assert_eq!((backup.as_str(), options.format), ("latest", export::FileFormat::Plain));
+        assert_eq!(options.tablespace_map, [("/a".into(), "/b".into())]);
+    }
+
+    #[test]
+    fn an_option_that_the_format_has_no_use_for_is_refused_where_it_is_typed() {
+        for (options, message) in [
+            ("--tablespace-map /a=/b", "--tablespace-map is only for --format plain"),
+            ("--format tar --tablespace-map /a=/b", "--tablespace-map is only for --format plain"),
+            ("--format tar --init", "--init is only for --format repository"),
+            ("--format plain --compress none", "--compress is only for --format repository"),
+        ] {
+            assert_eq!(usage_error("", &[], &format!("export --repo /r --to /t {options}")), message);
+        }
+        let file = "tablespace-map = ['/a=/b']\ncompress = 'none'\ninit = true";
+        let Ok(Request::Unpack { options, .. }) = resolve(file, &[], "export --repo /r --to /t --format tar").1 else {
+            panic!("no files");
+        };
+        assert!(options.tablespace_map.is_empty());
+    }
+
     #[test]
     fn what_the_file_gets_wrong_is_said_with_its_key() {
         let cases = [
             ("repos = '/r'", ": repos: there is no such option"),
             ("[backup]\nquick = true", ": [backup] quick: there is no such option"),
             ("config = '/other'", ": config: there is no such option"),
-            ("[merge]\njobs = 1", ": [merge] is no command"),
+            ("[prune]\njobs = 1", ": [prune] is no command"),
             ("jobs = 0", ": jobs: invalid value '0' for '--jobs <N>': expected a number of threads, 1 or more"),
             ("jobs = [1, 2]", ": jobs: takes one value, not 2"),
             ("jobs = 1.5", ": jobs: expected a text, a whole number, true or false, or a list of texts"),

@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 use serde_json::Value;
 
 /// A failing call of each command, and its exit code.
-const FAILING: [(&str, i32); 10] = [
+const FAILING: [(&str, i32); 18] = [
     ("init --repo /dev/null/repo", 1),
     ("backup --repo /nonexistent/repo -D /nonexistent", 5),
     ("list --repo /nonexistent/repo", 5),
@@ -13,6 +13,14 @@ const FAILING: [(&str, i32); 10] = [
     ("list --repo /dev/null", 5),
     ("verify --repo /nonexistent/repo", 5),
     ("restore --repo /nonexistent/repo --target /nonexistent/target", 5),
+    ("merge --repo /nonexistent/repo", 5),
+    ("merge --dry-run --repo /nonexistent/repo", 5),
+    ("export --repo /nonexistent/repo --to /nonexistent/other --init", 5),
+    ("export --repo /nonexistent/repo --to /nonexistent/target --format plain", 5),
+    ("expire --repo /nonexistent/repo", 2),
+    ("expire --repo /nonexistent/repo --keep-last 7", 5),
+    ("pin latest --repo /nonexistent/repo", 5),
+    ("unpin latest --repo /nonexistent/repo", 5),
     ("demo --dir /nonexistent", 1),
     ("completions nosh", 2),
     ("backup --jobs many", 2),
@@ -106,6 +114,32 @@ fn a_first_backup_that_is_impossible_leaves_no_repository() {
 }
 
 #[test]
+fn an_export_of_a_backup_that_is_not_there_leaves_no_repository() {
+    let dir = tempfile::tempdir().unwrap();
+    let repo = dir.path().join("repo");
+    let other = dir.path().join("other");
+    assert_eq!(pgstrata(&format!("init --repo {}", repo.display())).status.code(), Some(0));
+    let export = |flags: &str| pgstrata(&format!("export {flags} --repo {} --to {}", repo.display(), other.display()));
+    for flags in ["--init", "--init --dry-run"] {
+        assert_eq!(export(flags).status.code(), Some(1), "{flags}: {}", text(&export(flags).stderr));
+        assert!(!other.exists(), "{flags}");
+    }
+    let output = export("");
+    assert_eq!(output.status.code(), Some(5));
+    assert!(text(&output.stderr).contains("hint: create it with --init"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn expire_without_a_rule_tries_nothing_and_says_how_to_give_one() {
+    for line in ["expire --repo /nonexistent/repo", "expire --repo /nonexistent/repo --keep-daily 0 --json"] {
+        let output = pgstrata(line);
+        assert_eq!(output.status.code(), Some(2), "{line}");
+        let error = text(&output.stderr);
+        assert!(error.contains("hint: ") && error.contains("--keep-last") && error.contains("--keep-all"), "{error}");
+    }
+}
+
+#[test]
 fn a_cluster_that_only_others_are_beside_is_an_error_that_names_them() {
     let dir = tempfile::tempdir().unwrap();
     let on = |command: &str| pgstrata(&format!("{command} --repo {}/repo", dir.path().display()));
@@ -114,7 +148,8 @@ fn a_cluster_that_only_others_are_beside_is_an_error_that_names_them() {
     let manifests = dir.path().join("repo/clusters/shop/manifests");
     std::fs::create_dir_all(&manifests).unwrap();
     std::fs::write(manifests.join("20261121T010502Z-1a2b3c4d"), "damaged").unwrap();
-    for command in ["list", "list latest", "verify"] {
+    let others = ["merge", "export --to /nonexistent", "expire --keep-last 1", "pin latest", "unpin latest"];
+    for command in ["list", "list latest", "verify"].into_iter().chain(others) {
         let output = on(command);
         assert_eq!(output.status.code(), Some(1), "{command}");
         assert!(text(&output.stderr).contains("it has shop"), "{command}: {}", text(&output.stderr));
