@@ -10,7 +10,7 @@
 //!
 //! Nothing is asked of PostgreSQL, nothing read of its directory, and without `--repack` no chunk is read or written: the new manifest and its maps refer to the
 //! chunks where they are. The cost grows with the metadata, and where little changed, with the change: a block map whose lowest layer holds at least
-//! [`BASE_RATIO`] times as many blocks as all above it becomes two layers, as writing the lowest one again would gain a reader nothing.
+//! eight times as many blocks as all above it becomes two layers, as writing the lowest one again would gain a reader nothing.
 //!
 //! The new backup stands at the moment of the old one, so it is `latest` if that was, and comes before whatever was taken later. It needs none of the
 //! manifests that it was made from. An interrupted merge leaves packs that no manifest names.

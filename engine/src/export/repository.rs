@@ -267,7 +267,7 @@ impl<'a> Exporter<'a> {
     /// Finds the blocks of a part that are missing there; whether anything about it differs.
     fn compare(&self, missing: &Missing, mut job: Job) -> Result<(Job, bool)> {
         let (Some(map), Some(base)) = (&job.there, &self.base) else {
-            job.blocks = vec![0..PART_BLOCKS];
+            job.blocks.push(0..PART_BLOCKS);
             return Ok((job, true));
         };
         let here = self.from.flatten(&self.source, &missing.entries[job.entry].parts[job.part], Depth::Fingerprints)?;
