@@ -1,12 +1,14 @@
 //! A store that fails in the middle of a backup: an error, and the repository as it was.
 
+use std::collections::BTreeSet;
 use std::io::BufRead;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use pgstrata_engine::backup::{self, Options};
 use pgstrata_engine::error::{Error, ErrorKind, Result};
+use pgstrata_engine::expire::{self, Count, Policy, Selection};
 use pgstrata_engine::progress::Silent;
 use pgstrata_engine::repo::{BackupType, ClusterName, Repository};
 use pgstrata_engine::store::{MemoryStore, ObjectInfo, ObjectName, Store};
@@ -112,4 +114,83 @@ fn flipped(mut bytes: Vec<u8>) -> Vec<u8> {
     let records = 16..bytes.len() / 2;
     bytes[records].iter_mut().for_each(|byte| *byte ^= 0x55);
     bytes
+}
+
+/// A store that refuses to delete some objects, as one with retention locks does.
+#[derive(Clone, Debug, Default)]
+struct Retaining {
+    objects: MemoryStore,
+    retained: Arc<Mutex<BTreeSet<String>>>,
+}
+
+impl Store for Retaining {
+    fn put_new(&self, name: &ObjectName, content: &mut dyn BufRead) -> Result<u64> {
+        self.objects.put_new(name, content)
+    }
+
+    fn get(&self, name: &ObjectName, max_len: u64) -> Result<Vec<u8>> {
+        self.objects.get(name, max_len)
+    }
+
+    fn get_range(&self, name: &ObjectName, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.objects.get_range(name, offset, buffer)
+    }
+
+    fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>> {
+        self.objects.list(prefix)
+    }
+
+    fn delete(&self, name: &ObjectName) -> Result<()> {
+        if self.retained.lock().unwrap().contains(name.as_str()) {
+            return Err(Error::new(ErrorKind::Unavailable, "retained until tomorrow"));
+        }
+        self.objects.delete(name)
+    }
+}
+
+#[test]
+fn an_object_that_cannot_be_deleted_is_reported_and_passed_over() {
+    let scratch = tempfile::tempdir().unwrap();
+    let directory = scratch.path().join("cluster");
+    let mut cluster = cluster(&directory);
+    let store = Retaining::default();
+    let repo = Repository::init_in(Arc::new(store.clone()), scratch.path().display().to_string()).unwrap();
+    let options = Options { data_dir: Some(directory), offline: true, ..Options::default() };
+    let mut back_up = |parent| {
+        cluster.change_random_blocks(0, 20, 1).unwrap();
+        cluster.checkpoint().unwrap();
+        backup::run(&repo, &Options { parent, ..options.clone() }, &Silent).unwrap().backup.id.to_string()
+    };
+    let ids: Vec<String> = (0..4).map(|_| back_up(backup::ParentChoice::Full)).collect();
+    let expire = |max_unused| {
+        let policy = Policy { last: Some(Count::Number(1)), ..Policy::default() };
+        let options = expire::Options {
+            cluster: ClusterName::default(),
+            selection: Selection::Policy(policy),
+            force: false,
+            max_unused,
+            compression: backup::Compression::default(),
+            jobs: None,
+        };
+        expire::run(&repo, &options, &Silent).unwrap()
+    };
+    let listed = || -> Vec<String> {
+        let catalog = repo.catalog(&ClusterName::default()).unwrap();
+        catalog.backups().iter().map(|backup| backup.id.to_string()).collect()
+    };
+    let pack = store.list(&format!("clusters/main/packs/{}/", ids[0])).unwrap()[0].name.to_string();
+    let manifest = format!("clusters/main/manifests/{}", ids[1]);
+    *store.retained.lock().unwrap() = BTreeSet::from([pack.clone(), manifest.clone()]);
+    let report = expire(Some(0));
+    assert_eq!(report.refused.len(), 2, "{:?}", report.refused);
+    assert!(report.refused.iter().all(|refused| refused.contains("retained until tomorrow")));
+    assert_eq!(listed(), [ids[1].clone(), ids[3].clone()]);
+    assert_eq!(report.removed.len(), 2);
+    let verified = verify::run(&repo, &ClusterName::default(), "all", &verify::Options::default(), &Silent).unwrap();
+    assert_eq!(verified.damage, [], "the backup whose manifest stays is whole");
+
+    store.retained.lock().unwrap().clear();
+    let report = expire(Some(0));
+    assert_eq!((report.refused.len(), listed()), (0, vec![ids[3].clone()]));
+    assert!(store.list(&pack).unwrap().is_empty());
 }

@@ -7,6 +7,7 @@ mod corruption;
 mod errors;
 mod export;
 mod history;
+mod nights;
 mod quiesced;
 mod races;
 mod restore;
