@@ -473,7 +473,6 @@ impl<'r, 'p> Run<'r, 'p> {
 
     fn new(plan: Plan<'r>, id: BackupId, start_time: Timestamp, lease: Lease, progress: &'p dyn Progress) -> Self {
         let packer = |kind| Packer::new(Arc::clone(plan.repo.store()), plan.options.cluster.clone(), id, kind);
-        let processors = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         Self {
             progress,
             id,
@@ -483,7 +482,7 @@ impl<'r, 'p> Run<'r, 'p> {
             map: packer(PackKind::Map),
             totals: Totals::default(),
             rate: RateLimit::new(plan.options.max_rate),
-            jobs: plan.options.jobs.unwrap_or(processors).get(),
+            jobs: crate::worker_count(plan.options.jobs),
             plan,
         }
     }

@@ -20,3 +20,9 @@ pub mod target;
 pub mod verify;
 
 pub use error::{Error, ErrorKind, Result};
+
+/// How many workers are wanted: one for each processor unless somebody said otherwise.
+pub(crate) fn worker_count(jobs: Option<std::num::NonZeroUsize>) -> usize {
+    let processors = || std::thread::available_parallelism().unwrap_or(std::num::NonZeroUsize::MIN);
+    jobs.unwrap_or_else(processors).get()
+}

@@ -180,14 +180,13 @@ fn mover<'a>(
     options: &Options,
     progress: &'a dyn Progress,
 ) -> Mover<'a> {
-    let processors = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     Mover {
         from: repo,
         cluster: &source.cluster,
         block_len: source.block_len(),
         data,
         compression: options.compression,
-        jobs: options.jobs.unwrap_or(processors).get(),
+        jobs: crate::worker_count(options.jobs),
         progress,
     }
 }
@@ -219,7 +218,6 @@ impl<'r, 'p> Run<'r, 'p> {
         packs_must_be_there(repo, &source)?;
         let source_len: u64 = source.pages.iter().map(|page| u64::from(page.len)).sum();
         let packer = |kind| Packer::new(Arc::clone(repo.store()), cluster.clone(), id, kind);
-        let processors = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let run = Self {
             repo,
             options,
@@ -229,7 +227,7 @@ impl<'r, 'p> Run<'r, 'p> {
             lengths: source.packs.iter().map(|pack| (pack.name, pack.len)).collect(),
             data: packer(PackKind::Data),
             map: packer(PackKind::Map),
-            jobs: options.jobs.unwrap_or(processors).get(),
+            jobs: crate::worker_count(options.jobs),
             bytes_read: AtomicU64::new(source_len),
             source,
         };

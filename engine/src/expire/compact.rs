@@ -7,7 +7,6 @@
 //! What goes wrong: anything; then the editions that are stored so far and those before are whole, all packs are there, and what was moved for nothing is litter.
 
 use std::collections::{BTreeSet, HashMap};
-use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -143,14 +142,13 @@ impl Vacating<'_> {
         data: &Packer,
         map: &Packer,
     ) -> Result<(HashMap<Place, Rewritten>, u64)> {
-        let processors = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let mover = Mover {
             from: self.repo,
             cluster: self.cluster,
             block_len: common.block_len(),
             data,
             compression: self.options.compression,
-            jobs: self.options.jobs.unwrap_or(processors).get(),
+            jobs: crate::worker_count(self.options.jobs),
             progress: self.progress,
         };
         let load = |layer: &LayerUse| self.seen(common, layer);

@@ -217,14 +217,13 @@ impl<'a> Exporter<'a> {
     }
 
     fn mover<'m>(&'m self, data: &'m Packer, options: &Options, progress: &'m dyn Progress) -> Mover<'m> {
-        let processors = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         Mover {
             from: self.from,
             cluster: &self.source.cluster,
             block_len: self.source.block_len(),
             data,
             compression: options.compression,
-            jobs: options.jobs.unwrap_or(processors).get(),
+            jobs: crate::worker_count(options.jobs),
             progress,
         }
     }

@@ -138,8 +138,7 @@ impl<'a> Writer<'a> {
         progress: &'a dyn Progress,
         bytes_read: &'a AtomicU64,
     ) -> Self {
-        let processors = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        let jobs = jobs.unwrap_or_else(processors).get();
+        let jobs = crate::worker_count(jobs);
         Self { repo: chosen.repo, manifest: &chosen.manifest, sink, files, jobs, progress, bytes_read }
     }
 
