@@ -22,6 +22,7 @@ mod copy;
 mod judge;
 mod part;
 mod rate;
+mod salvage;
 mod wal;
 
 use std::collections::HashMap;
@@ -39,6 +40,7 @@ use serde::Serialize;
 use self::copy::{Content, Copier, Item, Totals};
 use self::judge::{Judge, Suspect};
 use self::rate::RateLimit;
+use self::salvage::Salvage;
 use self::wal::WalRange;
 pub use crate::chunk::Compression;
 pub use crate::detect::DetectorChoice;
@@ -213,6 +215,8 @@ pub fn run(repo: &Repository, options: &Options, progress: &dyn Progress) -> Res
             progress.notice(notice);
         }
         let (id, compared) = (run.id, run.plan.parent.is_some());
+        // Held until the packs of a run that fails are removed: before that, the next one would take them over.
+        let _lease = Arc::clone(&run.lease);
         let attempt = run.execute(begun).inspect_err(|_| {
             // A full disk must not stay full of a backup that there is not; what cannot be removed is litter.
             let _ = repo.discard(&options.cluster, id);
@@ -444,7 +448,8 @@ struct Run<'r, 'p> {
     plan: Plan<'r>,
     progress: &'p dyn Progress,
     id: BackupId,
-    lease: Lease,
+    lease: Arc<Lease>,
+    salvage: Option<Salvage<'r>>,
     start_time: Timestamp,
     data: Packer,
     map: Packer,
@@ -460,23 +465,33 @@ impl<'r, 'p> Run<'r, 'p> {
             let plan = plan(repo, options)?;
             let start_time = whole_second(Timestamp::now());
             let id = BackupId::generate(start_time)?;
+            let salvage = Salvage::find(repo, &options.cluster, plan.control.block_size.as_usize())?;
             let uses = plan.parent.iter().map(|parent| parent.id).collect();
-            let request = LeaseRequest { operation: Operation::Backup, run: Some(id), uses };
+            let runs = salvage.iter().flat_map(Salvage::runs).chain([id]).collect();
+            let request = LeaseRequest { operation: Operation::Backup, runs, uses };
             let lease = Lease::acquire(repo, &options.cluster, &request, &|text| progress.notice(text))?;
             // Between the plan and the lease another run may have removed the parent, or made a newer one.
             let sound = plan.parent.as_ref().map_or(Ok(None), |parent| repo.unsound_pack(parent))?.is_none();
             if sound && !lease.waited() {
-                return Ok(Self::new(plan, id, start_time, lease, progress));
+                return Ok(Self::new(plan, id, start_time, lease, salvage, progress));
             }
         }
     }
 
-    fn new(plan: Plan<'r>, id: BackupId, start_time: Timestamp, lease: Lease, progress: &'p dyn Progress) -> Self {
+    fn new(
+        plan: Plan<'r>,
+        id: BackupId,
+        start_time: Timestamp,
+        lease: Lease,
+        salvage: Option<Salvage<'r>>,
+        progress: &'p dyn Progress,
+    ) -> Self {
         let packer = |kind| Packer::new(Arc::clone(plan.repo.store()), plan.options.cluster.clone(), id, kind);
         Self {
             progress,
             id,
-            lease,
+            lease: Arc::new(lease),
+            salvage,
             start_time,
             data: packer(PackKind::Data),
             map: packer(PackKind::Map),
@@ -619,6 +634,7 @@ impl<'r, 'p> Run<'r, 'p> {
             data: &self.data,
             block_len: self.plan.control.block_size.as_usize(),
             compression: self.plan.options.compression,
+            salvage: self.salvage.as_ref(),
             judge,
             jobs: self.jobs,
             rate: &self.rate,
@@ -745,18 +761,24 @@ impl<'r, 'p> Run<'r, 'p> {
         own.extend(self.map.finish()?);
         manifest.pages = pages;
         let inherited = self.plan.parent.iter().flat_map(|parent| &parent.packs);
-        let lengths: HashMap<PackName, u64> = inherited.chain(&own).map(|pack| (pack.name, pack.len)).collect();
+        let salvaged = self.salvage.iter().flat_map(Salvage::packs);
+        let salvage_read = self.salvage.as_ref().map_or(0, Salvage::bytes_read);
+        let taken_over = salvaged.clone().filter(|pack| needed.contains(&pack.name)).map(|pack| pack.len);
+        let taken_over: u64 = taken_over.sum();
+        let lengths: HashMap<PackName, u64> =
+            inherited.chain(&own).chain(salvaged).map(|pack| (pack.name, pack.len)).collect();
         manifest.packs = with_lengths(&needed, |pack| lengths.get(pack).copied())?;
         manifest.sequence = self.plan.repo.catalog(&manifest.cluster)?.next_sequence();
         manifest.stop_time = whole_second(Timestamp::now());
         manifest.duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        manifest.own_bytes = own.iter().map(|pack| pack.len).sum();
+        let written: u64 = own.iter().map(|pack| pack.len).sum();
+        manifest.own_bytes = written + taken_over;
         let manifest_len = self.plan.repo.commit(&manifest, &self.lease)?;
         Ok(Report {
             backup: BackupSummary::new(&manifest, manifest_len),
             seconds: begun.elapsed().as_secs_f64(),
-            bytes_read: self.totals.bytes_read.load(Ordering::Relaxed),
-            bytes_written: manifest.own_bytes + manifest_len,
+            bytes_read: self.totals.bytes_read.load(Ordering::Relaxed) + salvage_read,
+            bytes_written: written + manifest_len,
             repository_damage: self.plan.repository_damage,
         })
     }

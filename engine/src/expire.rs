@@ -142,7 +142,7 @@ pub fn plan(repo: &Repository, options: &Options) -> Result<Report> {
 /// As [`plan`]; `Locked` while another expiry runs.
 pub fn run(repo: &Repository, options: &Options, progress: &dyn Progress) -> Result<Report> {
     let begun = Instant::now();
-    let request = LeaseRequest { operation: Operation::Expire, run: None, uses: Vec::new() };
+    let request = LeaseRequest { operation: Operation::Expire, runs: Vec::new(), uses: Vec::new() };
     let lease = Lease::acquire(repo, &options.cluster, &request, &|text| progress.notice(text))?;
     let scene = Scene::read(repo, &options.cluster)?;
     let mut collector =
@@ -183,12 +183,12 @@ impl Scene {
 
     /// Who uses a backup now.
     fn user(&self, id: BackupId) -> Option<&LeaseRecord> {
-        self.live.iter().find(|lease| lease.run == Some(id) || lease.uses.contains(&id))
+        self.live.iter().find(|lease| lease.runs.contains(&id) || lease.uses.contains(&id))
     }
 
     /// The runs that write packs now.
     fn writers(&self) -> BTreeSet<BackupId> {
-        self.live.iter().filter_map(|lease| lease.run).collect()
+        self.live.iter().flat_map(|lease| lease.runs.iter().copied()).collect()
     }
 }
 

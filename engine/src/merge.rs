@@ -211,7 +211,7 @@ impl<'r, 'p> Run<'r, 'p> {
         let cluster = &options.cluster;
         let chosen = repo.catalog(cluster)?.select(&options.backup)?;
         let id = BackupId::generate(Timestamp::now())?;
-        let request = LeaseRequest { operation: Operation::Merge, run: Some(id), uses: vec![chosen.id] };
+        let request = LeaseRequest { operation: Operation::Merge, runs: vec![id], uses: vec![chosen.id] };
         let lease = Lease::acquire(repo, cluster, &request, &|text| progress.notice(text))?;
         // Now that nobody may remove it.
         let source = repo.manifest(cluster, chosen.id)?;

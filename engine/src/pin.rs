@@ -11,7 +11,7 @@ use crate::repo::{BackupSummary, ClusterName, Lease, Operation, Repository};
 /// # Errors
 /// `Missing` if there is no such backup; `Locked` while an expiry runs.
 pub fn set(repo: &Repository, cluster: &ClusterName, backup: &str, pinned: bool) -> Result<BackupSummary> {
-    let (_lease, mut found) = Lease::of_backup(repo, cluster, backup, Operation::Pin, None, &|_| {})?;
+    let (_lease, mut found) = Lease::of_backup(repo, cluster, backup, Operation::Pin, &|_| {})?;
     repo.set_pin(cluster, found.id, pinned)?;
     found.pinned = pinned;
     Ok(found)

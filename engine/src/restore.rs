@@ -122,7 +122,7 @@ pub fn run(
 ) -> Result<Report> {
     let begun = Instant::now();
     let notice = |text: &str| progress.notice(text);
-    let (_lease, backup) = Lease::of_backup(repo, cluster, backup, Operation::Restore, None, &notice)?;
+    let (_lease, backup) = Lease::of_backup(repo, cluster, backup, Operation::Restore, &notice)?;
     plan(repo, cluster, &backup.id.to_string(), options)?.execute(begun, progress)
 }
 

@@ -95,7 +95,7 @@ pub fn run(
     let begun = Instant::now();
     let chosen = Chosen::read(repo, cluster, backup)?;
     let uses = chosen.backups.iter().map(|backup| backup.id).collect();
-    let request = LeaseRequest { operation: Operation::Verify, run: None, uses };
+    let request = LeaseRequest { operation: Operation::Verify, runs: Vec::new(), uses };
     let _lease = Lease::acquire(repo, cluster, &request, &|text| progress.notice(text))?;
     let mut verifier = Verifier::new(repo, cluster, chosen)?;
     verifier.check_presence()?;

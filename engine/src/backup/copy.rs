@@ -26,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use super::judge::{Judge, Verdict};
 use super::part::{self, SliceMap};
 use super::rate::RateLimit;
+use super::salvage::{Found, Salvage};
 use crate::chunk::{ChunkId, Compression, Encoder, Fingerprint, MAX_RAW_LEN};
 use crate::error::{Error, Result};
 use crate::pg::{BlockNumber, RelationFile, is_zero};
@@ -90,6 +91,8 @@ pub(super) struct Copier<'a> {
     pub block_len: usize,
     /// How to compress.
     pub compression: Compression,
+    /// What interrupted backups stored already.
+    pub salvage: Option<&'a Salvage<'a>>,
     /// Judges pages, where the cluster has checksums.
     pub judge: Option<&'a Judge>,
     /// Number of workers.
@@ -542,11 +545,19 @@ impl<'r, 'a> Worker<'r, 'a> {
             return Ok(());
         }
         map.fingerprints.push(fingerprint);
+        if let Some(Found { chunk, pack, first }) = self.salvaged(fingerprint)? {
+            self.slices[index].map.push(chunk, pack, Extent { start: block, count: 1, source: 0, first });
+            return Ok(());
+        }
         if self.raw.len() + page.len() > MAX_RAW_LEN {
             self.flush()?;
         }
         self.add_to_chunk(self.slices.len() - 1, block, page, fingerprint);
         Ok(())
+    }
+
+    fn salvaged(&self, fingerprint: Fingerprint) -> Result<Option<Found>> {
+        self.run.copier.salvage.map_or(Ok(None), |salvage| salvage.block(fingerprint))
     }
 
     fn add_to_chunk(&mut self, slice: usize, block: u32, page: &[u8], fingerprint: Fingerprint) {

@@ -239,6 +239,26 @@ impl Decoder {
     }
 }
 
+impl Decoder {
+    /// How a stored chunk of which nothing else is known is stored, and the fingerprints of its blocks; `None` if it is no chunk of whole blocks.
+    pub fn recognise(&mut self, stored: &[u8], block_len: usize) -> Option<(Codec, &[Fingerprint])> {
+        self.raw.resize(MAX_RAW_LEN.max(block_len), 0);
+        let (codec, raw_len) = match self.zstd.decompress_to_buffer(stored, &mut self.raw[..]) {
+            Ok(len) => (Codec::Zstd, len),
+            Err(_) => {
+                self.raw.get_mut(..stored.len())?.copy_from_slice(stored);
+                (Codec::Raw, stored.len())
+            }
+        };
+        if raw_len == 0 || raw_len % block_len != 0 {
+            return None;
+        }
+        self.fingerprints.clear();
+        self.fingerprints.extend(self.raw[..raw_len].chunks_exact(block_len).map(Fingerprint::of));
+        Some((codec, &self.fingerprints))
+    }
+}
+
 /// How many blocks of what length a chunk has.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
@@ -308,6 +328,19 @@ mod tests {
                 assert_eq!(pages, raw, "bit {bit}");
             }
         }
+    }
+
+    #[test]
+    fn a_chunk_of_which_nothing_is_known_is_recognised() {
+        let raw: Vec<u8> = (0..4 * 64u32).flat_map(|i| (i * i).to_le_bytes()).collect();
+        for compression in [Compression::None, Compression::Zstd(1)] {
+            let (codec, bytes, _, id) = stored(compression, &raw, 64);
+            let mut decoder = Decoder::new().unwrap();
+            let (found, fingerprints) = decoder.recognise(&bytes, 64).unwrap();
+            assert_eq!((found, ChunkId::of(fingerprints)), (codec, id));
+            assert!(decoder.recognise(&bytes[..bytes.len() - 1], 64).is_none());
+        }
+        assert!(Decoder::new().unwrap().recognise(&[], 64).is_none());
     }
 
     #[test]

@@ -24,8 +24,8 @@ const TABLE_ENTRY_LEN: u64 = 20;
 const FRAME_LEN: u64 = 56;
 /// A pack is mostly dead when less than this part of it lives.
 const MOSTLY: u64 = 2;
-/// Percentage of all bytes that mostly dead packs must waste together to be worth the work.
-const WORTH_PERCENT: u64 = 1;
+/// Percentage of all bytes below which it is not worth the work: writing tables anew leaves a little dead itself.
+const WORTH_PERCENT: u8 = 1;
 
 /// A pack and how much of it lives.
 #[derive(Clone, Copy, Debug, Default)]
@@ -187,12 +187,12 @@ impl Usage {
         candidates.sort_by_key(|(name, pack)| (std::cmp::Reverse(share(pack)), *name));
         let mostly = |pack: &PackUse| pack.live * MOSTLY < pack.len;
         let wasted: u64 = candidates.iter().filter(|(_, pack)| mostly(pack)).map(|(_, pack)| pack.dead()).sum();
-        let worth_it = wasted * 100 > self.bytes() * WORTH_PERCENT;
+        let exceeds = |dead: u64, percent: u8| u128::from(dead) * 100 > u128::from(self.bytes()) * u128::from(percent);
+        let worth_it = exceeds(wasted, WORTH_PERCENT);
         let mut unused = self.unused();
         let mut vacated = BTreeSet::new();
         for (name, pack) in candidates {
-            let too_much = u128::from(unused) * 100 > u128::from(self.bytes()) * u128::from(percent);
-            if too_much || (worth_it && mostly(&pack)) {
+            if exceeds(unused, percent.max(WORTH_PERCENT)) || (worth_it && mostly(&pack)) {
                 unused -= pack.dead();
                 vacated.insert(name);
             }

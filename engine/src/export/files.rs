@@ -162,7 +162,7 @@ pub fn to_files(
 ) -> Result<FilesReport> {
     let begun = Instant::now();
     let notice = |text: &str| progress.notice(text);
-    let (_lease, backup) = Lease::of_backup(repo, cluster, backup, Operation::Export, None, &notice)?;
+    let (_lease, backup) = Lease::of_backup(repo, cluster, backup, Operation::Export, &notice)?;
     plan_files(repo, cluster, &backup.id.to_string(), options)?.execute(begun, progress)
 }
 

@@ -12,7 +12,7 @@
 //!
 //! An export that was interrupted is taken up again: its packs have the backup's name, what goes into them follows from the two backups alone, and so a pack
 //! that is there already is compared by its table instead of stored again. If it is another one (the other repository got a newer backup
-//! in between), the rest of the interrupted export is removed and the export begins anew.
+//! in between), the export begins anew with packs of other numbers, and what the interrupted one left is litter.
 //!
 //! What goes wrong: another cluster under this name there; a backup under this name there with other contents, which cannot be.
 
@@ -31,9 +31,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::progress::{Phase, Progress, Silent};
 use crate::repack::{MovePlan, Mover};
 use crate::repo::{
-    BackupSummary, Catalog, ClusterName, Depth, FileEntry, Layer, Lease, Manifest, Operation, PART_BLOCKS, PackKind,
-    PackName, Packer, PagePlace, PartMap, Repository, Stack, TableCursor, TableWriter, read_page, with_lengths,
+    BackupId, BackupSummary, Catalog, ClusterName, Depth, FileEntry, Layer, Lease, Manifest, Operation, PART_BLOCKS,
+    PackKind, PackName, Packer, PagePlace, PartMap, Repository, Stack, TableCursor, TableWriter, read_page,
+    with_lengths,
 };
+use crate::store::Store;
 
 /// What to export to another repository and how.
 #[derive(Clone, Debug, Default)]
@@ -120,8 +122,7 @@ pub fn to_repository(from: &Repository, to: &Repository, options: &Options, prog
         return Err(Error::invalid(what).hint("name another one with --to"));
     }
     let notice = |text: &str| progress.notice(text);
-    let (_reading, backup) =
-        Lease::of_backup(from, &options.cluster, &options.backup, Operation::Export, None, &notice)?;
+    let (_reading, backup) = Lease::of_backup(from, &options.cluster, &options.backup, Operation::Export, &notice)?;
     let (lease, there) = Lease::of_import(to, &options.cluster, backup.id, &notice)?;
     must_be_the_same_cluster(&there, &backup)?;
     if let Some(found) = there.backups().iter().find(|other| other.id == backup.id) {
@@ -130,11 +131,10 @@ pub fn to_repository(from: &Repository, to: &Repository, options: &Options, prog
     let base = there.backups().last().cloned();
     let exporter = Exporter::new(from, to, &backup, base.as_ref(), options)?;
     let sequence = sequence_there(&there, exporter.source.sequence, &backup);
-    let done = match exporter.execute(&lease, sequence, options, progress) {
+    let done = match exporter.execute(&lease, sequence, Packer::resuming, options, progress) {
         Err(e) if e.kind() == ErrorKind::Conflict => {
             progress.notice(&format!("an interrupted export of {} cannot be taken up: {e}; beginning anew", backup.id));
-            to.discard(&options.cluster, backup.id)?;
-            exporter.execute(&lease, sequence, options, progress)?
+            exporter.execute(&lease, sequence, Packer::after_others, options, progress)?
         }
         done => done?,
     };
@@ -279,9 +279,15 @@ impl<'a> Exporter<'a> {
         Ok((job, differs))
     }
 
-    fn execute(&self, lease: &Lease, sequence: u64, options: &Options, progress: &dyn Progress) -> Result<Report> {
-        let packer =
-            |kind| Packer::resuming(Arc::clone(self.to.store()), self.source.cluster.clone(), self.source.id, kind);
+    fn execute(
+        &self,
+        lease: &Lease,
+        sequence: u64,
+        packer: fn(Arc<dyn Store>, ClusterName, BackupId, PackKind) -> Result<Packer>,
+        options: &Options,
+        progress: &dyn Progress,
+    ) -> Result<Report> {
+        let packer = |kind| packer(Arc::clone(self.to.store()), self.source.cluster.clone(), self.source.id, kind);
         let (data, map) = (packer(PackKind::Data)?, packer(PackKind::Map)?);
         let missing = self.missing()?;
         let load = |job: &Job| self.load(&missing, job, Depth::Fingerprints);

@@ -118,8 +118,8 @@ struct Owner {
 pub(crate) struct LeaseRecord {
     /// What its owner does.
     pub operation: Operation,
-    /// The run whose packs it writes.
-    pub run: Option<BackupId>,
+    /// The runs whose packs it writes, or takes over from those that were interrupted.
+    pub runs: Vec<BackupId>,
     /// The backups that it may refer to.
     pub uses: Vec<BackupId>,
     owner: Owner,
@@ -139,8 +139,8 @@ impl fmt::Display for LeaseRecord {
 pub struct LeaseRequest {
     /// What it is.
     pub operation: Operation,
-    /// The run whose packs it will write.
-    pub run: Option<BackupId>,
+    /// The runs whose packs it will write, or take over from those that were interrupted.
+    pub runs: Vec<BackupId>,
     /// The backups that it may refer to.
     pub uses: Vec<BackupId>,
 }
@@ -215,11 +215,10 @@ impl Lease {
         cluster: &ClusterName,
         backup: &str,
         operation: Operation,
-        run: Option<BackupId>,
         notice: &dyn Fn(&str),
     ) -> Result<(Self, BackupSummary)> {
         let chosen = repo.catalog(cluster)?.select(backup)?;
-        let request = LeaseRequest { operation, run, uses: vec![chosen.id] };
+        let request = LeaseRequest { operation, runs: Vec::new(), uses: vec![chosen.id] };
         let lease = Self::acquire(repo, cluster, &request, notice)?;
         let chosen = repo.catalog(cluster)?.select(&chosen.id.to_string())?;
         Ok((lease, chosen))
@@ -238,7 +237,7 @@ impl Lease {
         loop {
             let newest = repo.catalog(cluster)?.backups().last().map(|backup| backup.id);
             let uses = newest.into_iter().collect();
-            let request = LeaseRequest { operation: Operation::Import, run: Some(run), uses };
+            let request = LeaseRequest { operation: Operation::Import, runs: vec![run], uses };
             let lease = Self::acquire(repo, cluster, &request, notice)?;
             let catalog = repo.catalog(cluster)?;
             if catalog.backups().last().map(|backup| backup.id) == newest {
@@ -279,8 +278,8 @@ impl Lease {
     fn put(repo: &Repository, cluster: &ClusterName, request: &LeaseRequest) -> Result<Self> {
         let now = Timestamp::now();
         let id = BackupId::generate(now)?;
-        let LeaseRequest { operation, run, uses } = request.clone();
-        let record = LeaseRecord { operation, run, uses, owner: Owner::this()?, acquired: now, expires: now };
+        let LeaseRequest { operation, runs, uses } = request.clone();
+        let record = LeaseRecord { operation, runs, uses, owner: Owner::this()?, acquired: now, expires: now };
         let object = names::lease(cluster, id, 0)?;
         let current = Current { object, renewals: 0, lapses_after: uptime() + TERM };
         // Before it can be seen: who sees it asks whether its holder lives.
@@ -312,7 +311,7 @@ impl Lease {
         notice: &dyn Fn(&str),
     ) -> Result<Option<LeaseRecord>> {
         for (id, record) in leases(repo, cluster)? {
-            let same_run = request.run.is_some() && request.run == record.run;
+            let same_run = request.runs.iter().any(|run| record.runs.contains(run));
             if id == self.id || !(same_run || request.operation.waits_for(record.operation)) {
                 continue;
             }
@@ -534,7 +533,7 @@ mod tests {
     }
 
     fn request(operation: Operation) -> LeaseRequest {
-        LeaseRequest { operation, run: None, uses: Vec::new() }
+        LeaseRequest { operation, runs: Vec::new(), uses: Vec::new() }
     }
 
     fn put(repo: &Repository, operation: Operation) -> Lease {
@@ -549,7 +548,7 @@ mod tests {
     /// A lease of somebody else, who cannot be asked whether he lives.
     fn foreign(repo: &Repository, operation: Operation, expires: Timestamp) -> BackupId {
         let owner = Owner { host: "elsewhere".to_owned(), boot: "another".to_owned(), ..Owner::this().unwrap() };
-        let record = LeaseRecord { operation, run: None, uses: Vec::new(), owner, acquired: expires, expires };
+        let record = LeaseRecord { operation, runs: Vec::new(), uses: Vec::new(), owner, acquired: expires, expires };
         let id = BackupId::generate(Timestamp::now()).unwrap();
         let object = names::lease(&ClusterName::default(), id, 0).unwrap();
         repo.store().put_new(&object, &mut seal(&record).unwrap().as_bytes()).unwrap();

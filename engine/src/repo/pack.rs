@@ -151,6 +151,19 @@ impl Packer {
         Ok(packer)
     }
 
+    /// A packer for the run `run`, whose packs have numbers after those of the packs that are in the store.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub fn after_others(store: Arc<dyn Store>, cluster: ClusterName, run: BackupId, kind: PackKind) -> Result<Self> {
+        let objects = store.list(&super::names::packs_of(&cluster, run))?;
+        let packs = objects.iter().filter_map(|object| PackName::parse(&object.name, &cluster));
+        let next_seq = packs.filter(|pack| pack.kind == kind).map(|pack| pack.seq + 1).max().unwrap_or(0);
+        let packer = Self::new(store, cluster, run, kind);
+        packer.lock().next_seq = next_seq;
+        Ok(packer)
+    }
+
     /// The same with packs that are full after `pack_len` bytes.
     #[cfg(test)]
     pub(crate) fn with_pack_len(mut self, pack_len: u64) -> Self {
