@@ -87,7 +87,8 @@ fn a_backup_takes_over_what_an_interrupted_one_stored() {
         // The other packs of the interrupted run go, and what moved is whole.
         lab.collect(0);
         lab.assert_sound(&resumed);
-        assert_eq!(lab.collect(25).packs_repacked, 0, "what is hardly dead is left alone");
+        let again = lab.collect(25);
+        assert!(again.bytes_written < 30_000, "only metadata is left to be put together: {again:?}");
         lab.assert_sound(&resumed);
     }
 }
