@@ -11,6 +11,7 @@
 //! | `measure` | one command as a process: time, processor time, memory |
 //! | `report` | samples to tables and files |
 //! | `machine` | what it ran on |
+//! | `torture` | what is killed and crowded, and whether anything is lost |
 //! | `kernels` | the inner loops, in this process |
 //! | `read` | the bound of all backups: reading everything |
 
@@ -21,6 +22,7 @@ mod nightly;
 mod read;
 mod report;
 mod stage;
+mod torture;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -41,6 +43,7 @@ enum Workload {
     Nightly(NightlyArgs),
     Kernels(KernelArgs),
     Read(ReadArgs),
+    Torture(TortureArgs),
 }
 
 /// Full, incremental, restore and verify on a pgbench cluster, beside cat, `pg_basebackup` and cp.
@@ -96,6 +99,23 @@ struct KernelArgs {
     pages: Option<PathBuf>,
 }
 
+/// Kills commands at random moments and runs others beside each other, on a live server under load, and sees that nothing
+/// is lost.
+#[derive(Args, Debug)]
+struct TortureArgs {
+    /// How many rounds.
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+
+    /// What everything random follows from.
+    #[arg(long, value_name = "SEED", default_value_t = 1)]
+    seed: u64,
+
+    /// The major version of PostgreSQL.
+    #[arg(long, value_name = "MAJOR", default_value_t = 18, value_parser = clap::value_parser!(u32).range(13..=18))]
+    major: u32,
+}
+
 /// Reads every file of a data directory that a backup reads; `nightly` runs this beside cat.
 #[derive(Args)]
 #[command(hide = true)]
@@ -112,6 +132,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().workload {
         Workload::Nightly(args) => nightly::run(&args),
         Workload::Kernels(args) => kernels::run(args.pages.as_deref()).map(|table| print!("{table}")),
+        Workload::Torture(args) => torture::run(&args),
         Workload::Read(args) => read::run(&args.data_dir, args.jobs),
     };
     match done {

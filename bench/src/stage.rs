@@ -205,7 +205,10 @@ fn watch_signals() -> Result<Arc<AtomicBool>> {
 }
 
 /// Builds the release binary in the profile's directory that this program is in, and returns its path.
-fn build_pgstrata() -> Result<PathBuf> {
+///
+/// # Errors
+/// When this program is not optimised itself, or pgstrata does not build.
+pub fn build_pgstrata() -> Result<PathBuf> {
     let us = std::env::current_exe().map_err(|e| Error::new(format!("cannot tell where this program is: {e}")))?;
     let directory = us.parent().filter(|directory| directory.ends_with("release"));
     let directory =

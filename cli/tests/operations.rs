@@ -149,8 +149,7 @@ fn a_backup_that_somebody_uses_stays_and_to_name_it_is_exit_code_four() {
     let lab = Lab::new();
     let (first, newest) = (&lab.ids[0], &lab.ids[2]);
     let repo = Repository::open(&lab.path("repo")).unwrap();
-    let (lease, _) =
-        Lease::of_backup(&repo, &ClusterName::default(), first, Operation::Restore, None, &|_| {}).unwrap();
+    let (lease, _) = Lease::of_backup(&repo, &ClusterName::default(), first, Operation::Restore, &|_| {}).unwrap();
     assert!(lab.text(&format!("expire {first}"), 4).contains("in use"));
     assert!(lab.text(&format!("expire {first} --force --dry-run"), 4).contains("in use"));
     assert_eq!(lab.json(&format!("expire {first}"), 4)["error"]["kind"], "locked");

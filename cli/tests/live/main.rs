@@ -14,3 +14,4 @@ mod restore;
 mod smoke;
 mod standby;
 mod support;
+mod torture;

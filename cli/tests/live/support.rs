@@ -213,7 +213,7 @@ pub fn number(report: &Value, field: &str) -> u64 {
 
 /// The pgstrata binary where the servers' user can run it: a clone in root's home is out of its reach, so there
 /// the binary is copied into the cache.
-fn reachable_binary(user: &ServerUser) -> &'static Path {
+pub fn reachable_binary(user: &ServerUser) -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
         let built = Path::new(env!("CARGO_BIN_EXE_pgstrata"));
