@@ -497,7 +497,7 @@ impl<'r, 'p> Run<'r, 'p> {
             map: packer(PackKind::Map),
             totals: Totals::default(),
             rate: RateLimit::new(plan.options.max_rate),
-            jobs: crate::worker_count(plan.options.jobs),
+            jobs: crate::process::worker_count(plan.options.jobs),
             plan,
         }
     }

@@ -10,6 +10,7 @@ mod extract;
 pub mod merge;
 pub mod pg;
 pub mod pin;
+mod process;
 pub mod progress;
 mod repack;
 pub mod repo;
@@ -20,9 +21,3 @@ pub mod target;
 pub mod verify;
 
 pub use error::{Error, ErrorKind, Result};
-
-/// How many workers are wanted: one for each processor unless somebody said otherwise.
-pub(crate) fn worker_count(jobs: Option<std::num::NonZeroUsize>) -> usize {
-    let processors = || std::thread::available_parallelism().unwrap_or(std::num::NonZeroUsize::MIN);
-    jobs.unwrap_or_else(processors).get()
-}

@@ -186,7 +186,7 @@ fn mover<'a>(
         block_len: source.block_len(),
         data,
         compression: options.compression,
-        jobs: crate::worker_count(options.jobs),
+        jobs: crate::process::worker_count(options.jobs),
         progress,
     }
 }
@@ -227,7 +227,7 @@ impl<'r, 'p> Run<'r, 'p> {
             lengths: source.packs.iter().map(|pack| (pack.name, pack.len)).collect(),
             data: packer(PackKind::Data),
             map: packer(PackKind::Map),
-            jobs: crate::worker_count(options.jobs),
+            jobs: crate::process::worker_count(options.jobs),
             bytes_read: AtomicU64::new(source_len),
             source,
         };

@@ -101,7 +101,7 @@ pub fn run(
     verifier.check_presence()?;
     verifier.read_tables()?;
     if !options.quick {
-        let jobs = crate::worker_count(options.jobs);
+        let jobs = crate::process::worker_count(options.jobs);
         let threads = rayon::ThreadPoolBuilder::new().num_threads(jobs).build();
         let threads = threads.map_err(|e| Error::new(ErrorKind::Unavailable, "cannot start threads").because(e))?;
         threads.install(|| verifier.check_contents(jobs, progress))?;

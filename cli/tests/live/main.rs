@@ -6,6 +6,7 @@
 mod corruption;
 mod errors;
 mod export;
+mod faults;
 mod history;
 mod nights;
 mod quiesced;

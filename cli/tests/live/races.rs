@@ -1,49 +1,14 @@
 //! What happens on the server while it is backed up, where WAL replay alone would get it wrong.
 
 use std::fs;
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
-
 use testdata::cluster::{Cluster, ClusterOptions, StopMode};
 
-use crate::support::{Lab, Run, assert_same_dump, dump, for_majors, judge_running, text};
+use crate::support::{Lab, SLOW, assert_same_dump, back_up_while, dump, fill, for_majors, judge_running, poll, text};
 
 for_majors!(databases_and_tablespaces_that_move_meanwhile: moves_on_13 = 13, moves_on_15 = 15, moves_on_18 = 18);
 for_majors!(settings_that_change_meanwhile: settings_on_15 = 15, settings_on_18 = 18);
 for_majors!(what_a_standby_replayed_meanwhile: standby_on_15 = 15, standby_on_18 = 18);
 for_majors!(a_stopped_cluster_that_is_started_meanwhile: started_on_15 = 15);
-
-/// 25 MB to read at 8 MB a second: time for things to happen.
-const SLOW: [&str; 4] = ["--max-rate", "8M", "--jobs", "1"];
-
-fn fill(source: &Cluster) {
-    let rows = "CREATE TABLE bulk AS SELECT i, repeat(md5(i::text), 10) AS content FROM generate_series(1, 60000) i";
-    source.sql_each("postgres", &[rows, "CHECKPOINT"]).unwrap();
-}
-
-/// Backs up slowly, and does something as soon as the server is in backup mode.
-fn back_up_while(lab: &Lab, source: &Cluster, meanwhile: impl FnOnce()) -> Run {
-    let mut args = lab.backup_args(source);
-    args.extend(SLOW.map(Into::into));
-    std::thread::scope(|scope| {
-        let (sender, receiver) = mpsc::channel();
-        scope.spawn(move || sender.send(lab.pgstrata(args)).unwrap());
-        let begun = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgstrata' \
-                     AND state = 'idle' AND query ~ 'backup_start|start_backup'";
-        poll(|| source.query_value("postgres", begun).unwrap() != "0");
-        meanwhile();
-        receiver.recv().unwrap()
-    })
-}
-
-/// Looks again and again until something is so; the backup that is waited for takes seconds.
-fn poll(mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !is_so() {
-        assert!(Instant::now() < deadline, "the backup did not begin");
-        std::thread::park_timeout(Duration::from_millis(5));
-    }
-}
 
 /// Replay copies a database from where the restored one was, and makes a tablespace where the original's is: neither is in the backup.
 fn databases_and_tablespaces_that_move_meanwhile(lab: &Lab) {

@@ -9,8 +9,9 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::sync::{Arc, OnceLock};
+use std::process::{Output, Stdio};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -92,13 +93,7 @@ impl Lab {
         let mut command = self.user.command(reachable_binary(&self.user));
         command.args(args).envs(environment.iter().cloned()).stdin(Stdio::null());
         let output = command.output().unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        Run {
-            command: format!("{command:?}"),
-            code: output.status.code(),
-            stdout: text(output.stdout),
-            stderr: text(output.stderr),
-        }
+        Run::of(&format!("{command:?}"), output)
     }
 
     /// The arguments of a backup of `cluster` into the lab's repository.
@@ -174,6 +169,17 @@ pub struct Run {
 }
 
 impl Run {
+    /// What came of a command.
+    pub fn of(command: &str, output: Output) -> Self {
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        Self {
+            command: command.to_owned(),
+            code: output.status.code(),
+            stdout: text(output.stdout),
+            stderr: text(output.stderr),
+        }
+    }
+
     /// The JSON document that the run printed, proving that it ended with `code`.
     pub fn json(&self, code: i32) -> Value {
         self.expect(code);
@@ -231,6 +237,39 @@ pub fn reachable_binary(user: &ServerUser) -> &'static Path {
         };
         cache.get_or_make(&name, copy).unwrap().join("bin/pgstrata")
     })
+}
+
+/// 25 MB to read at 8 MB a second: time for things to happen.
+pub const SLOW: [&str; 4] = ["--max-rate", "8M", "--jobs", "1"];
+
+/// Gives a slow backup something to read.
+pub fn fill(source: &Cluster) {
+    let rows = "CREATE TABLE bulk AS SELECT i, repeat(md5(i::text), 10) AS content FROM generate_series(1, 60000) i";
+    source.sql_each("postgres", &[rows, "CHECKPOINT"]).unwrap();
+}
+
+/// Backs up slowly, and does something as soon as the server is in backup mode.
+pub fn back_up_while(lab: &Lab, source: &Cluster, meanwhile: impl FnOnce()) -> Run {
+    let mut args = lab.backup_args(source);
+    args.extend(SLOW.map(Into::into));
+    std::thread::scope(|scope| {
+        let (sender, receiver) = mpsc::channel();
+        scope.spawn(move || sender.send(lab.pgstrata(args)).unwrap());
+        let begun = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgstrata' \
+                     AND state = 'idle' AND query ~ 'backup_start|start_backup'";
+        poll(|| source.query_value("postgres", begun).unwrap() != "0");
+        meanwhile();
+        receiver.recv().unwrap()
+    })
+}
+
+/// Looks again and again until something is so; the backup that is waited for takes seconds.
+pub fn poll(mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "the backup did not begin");
+        std::thread::park_timeout(Duration::from_millis(5));
+    }
 }
 
 /// Judges a restored or exported directory that no server has touched yet.

@@ -223,7 +223,7 @@ impl<'a> Exporter<'a> {
             block_len: self.source.block_len(),
             data,
             compression: options.compression,
-            jobs: crate::worker_count(options.jobs),
+            jobs: crate::process::worker_count(options.jobs),
             progress,
         }
     }

@@ -57,7 +57,7 @@ impl Target {
     /// `Invalid` if a directory is named twice, lies in another, or a tablespace's path is not absolute.
     pub fn new(root: &Path, tablespaces: BTreeMap<TablespaceOid, PathBuf>) -> Result<Self> {
         let root = std::path::absolute(root).map_err(|e| Error::io("find", root, e))?;
-        let target = Self { root, tablespaces, give_away: rustix::process::geteuid().is_root() };
+        let target = Self { root, tablespaces, give_away: crate::process::gives_files_away() };
         let roots: Vec<PathBuf> = target.roots().map(resolve).collect::<Result<_>>()?;
         for (at, one) in roots.iter().enumerate() {
             let nested = roots.iter().enumerate().find(|(other, path)| *other != at && one.starts_with(path));

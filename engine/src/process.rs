@@ -1,0 +1,33 @@
+//! What this process has at hand: processors, and rights over files.
+
+use std::num::NonZeroUsize;
+
+/// How many workers are wanted: one for each processor unless somebody said otherwise.
+pub(crate) fn worker_count(jobs: Option<NonZeroUsize>) -> usize {
+    let processors = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    jobs.unwrap_or_else(processors).get()
+}
+
+/// Whether files can be given to other users: by root, unless he is root over hardly anybody but himself, as in a name space of a user's own.
+pub(crate) fn gives_files_away() -> bool {
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    rustix::process::geteuid().is_root() && (map.is_empty() || maps_others(&map))
+}
+
+/// Whether a name space has the users of a whole system: `uid_map` has lines of the first id inside, the first outside, and the number of ids.
+fn maps_others(uid_map: &str) -> bool {
+    let count = |line: &str| line.split_whitespace().nth(2).and_then(|count| count.parse::<u64>().ok()).unwrap_or(0);
+    uid_map.lines().map(count).sum::<u64>() > u64::from(u16::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_over_himself_alone_gives_nothing_away() {
+        assert!(maps_others("         0          0 4294967295\n"));
+        assert!(maps_others("         0       1000          1\n         1     100000      65536\n"));
+        assert!(!maps_others("         0       1000          1\n"));
+    }
+}
