@@ -1,7 +1,7 @@
 //! What an interrupted run says before it ends by the signal that it got.
 //!
-//! Nothing is cleaned up: what a backup has stored is litter without its manifest, and the server's side ends with the
-//! connection. Cleaning up would only make the user wait, and could fail.
+//! Nothing is cleaned up but the lock on the repository: what a backup has stored is used by the next one, and the server's side ends with
+//! the connection. Cleaning up would only make the user wait, and could fail.
 
 use std::fs;
 use std::sync::Arc;
@@ -34,6 +34,7 @@ pub fn explained<T>(
             if !stage.is_over() {
                 print_line(&format!("interrupted: {}", meaning(stage.phase())));
             }
+            engine::repo::give_up_leases();
             let _ = signal_hook::low_level::emulate_default_handler(signal);
         }
     });

@@ -407,7 +407,7 @@ impl Plan<'_> {
         if parent.block_size != self.control.block_size.as_u32() {
             return Ok(Some(format!("its blocks have {} bytes", parent.block_size)));
         }
-        let fault = self.repo.unsound_pack(parent)?.map(|(object, fault)| format!("{object}: {fault}"));
+        let fault = self.repo.known_fault(parent)?.map(|fault| fault.to_string());
         self.repository_damage.extend(fault.clone());
         Ok(fault)
     }
@@ -497,7 +497,7 @@ impl<'r, 'p> Run<'r, 'p> {
             map: packer(PackKind::Map),
             totals: Totals::default(),
             rate: RateLimit::new(plan.options.max_rate),
-            jobs: crate::process::worker_count(plan.options.jobs),
+            jobs: crate::os::worker_count(plan.options.jobs),
             plan,
         }
     }

@@ -239,7 +239,7 @@ struct Collector<'a> {
 impl Collector<'_> {
     fn break_stale_leases(&mut self, scene: &Scene) -> Result<()> {
         for (id, record) in &scene.stale {
-            self.progress.notice(&format!("{record} ended without a word; its lease is broken"));
+            self.progress.notice(&format!("cleared the lock of {record}, which was interrupted"));
             remove_lease(self.repo, self.cluster, *id)?;
         }
         Ok(())
@@ -308,10 +308,12 @@ impl Collector<'_> {
     fn remove_garbage(&mut self, scene: &Scene, decision: &Decision) -> Result<()> {
         let survey = Survey::of(self.repo, scene, decision)?;
         self.remove_packs(&survey)?;
-        for id in self.repo.pins(self.cluster)? {
-            if !decision.kept.iter().any(|kept| kept.id == id) {
-                self.repo.set_pin(self.cluster, id, false)?;
-            }
+        let gone = |id: &BackupId| !decision.kept.iter().any(|kept| kept.id == *id);
+        for id in self.repo.pins(self.cluster)?.iter().filter(|id| gone(id)) {
+            self.repo.set_pin(self.cluster, *id, false)?;
+        }
+        for id in self.repo.marks(self.cluster)?.iter().filter(|id| gone(id)) {
+            self.repo.set_mark(self.cluster, *id, None)?;
         }
         self.report.bytes_freed += self.repo.sweep(self.cluster)?;
         Ok(())

@@ -26,12 +26,13 @@ pub(crate) use self::chunks::{Opened, Sink, TargetFile, Writer};
 pub(crate) use self::tree::{Choice, Tree, Written};
 use self::unlogged::Unlogged;
 use crate::error::{Error, ErrorKind, Result};
+use crate::os::resolve;
 use crate::pg::{
     MajorVersion, PgFileChecksum, PgManifestFile, PgManifestWriter, TablespaceMap, TablespaceOid, WalRange,
 };
 use crate::repo::{BackupSummary, ClusterName, FileEntry, FileKind, Manifest, PART_BLOCKS, Repository, read_page};
 use crate::source::PostmasterPid;
-use crate::target::{Owner, UNFINISHED, resolve};
+use crate::target::{Owner, UNFINISHED};
 
 /// Files that whoever writes a backup out makes himself, or that no copy may have.
 pub(crate) const REPLACED: [&[u8]; 4] = [b"backup_label", b"tablespace_map", b"backup_manifest", b"postmaster.pid"];

@@ -114,7 +114,7 @@ impl fmt::Display for Plan {
 pub fn plan(repo: &Repository, options: &Options) -> Result<Plan> {
     let backup = repo.catalog(&options.cluster)?.select(&options.backup)?;
     let source = repo.manifest(&options.cluster, backup.id)?;
-    packs_must_be_there(repo, &source)?;
+    must_be_whole(repo, &source)?;
     let packs = source.packs.len() as u64;
     let mut plan = Plan { backup, entries: 0, packs, flattened: 0, flattened_bytes: 0, moves: None };
     let mut parts = Vec::new();
@@ -154,10 +154,9 @@ pub fn run(repo: &Repository, options: &Options, progress: &dyn Progress) -> Res
     })
 }
 
-fn packs_must_be_there(repo: &Repository, manifest: &Manifest) -> Result<()> {
-    let Some((object, fault)) = repo.unsound_pack(manifest)? else { return Ok(()) };
-    let hint = "`pgstrata verify` tells which backups are whole; merge one of them";
-    Err(Error::corrupt(object.as_str(), fault).hint(hint))
+fn must_be_whole(repo: &Repository, manifest: &Manifest) -> Result<()> {
+    let Some(fault) = repo.known_fault(manifest)? else { return Ok(()) };
+    Err(fault.hint("`pgstrata verify` tells which backups are whole; merge one of them"))
 }
 
 /// How many of a part's layers, from the top, become one: none if they are few enough already.
@@ -186,7 +185,7 @@ fn mover<'a>(
         block_len: source.block_len(),
         data,
         compression: options.compression,
-        jobs: crate::process::worker_count(options.jobs),
+        jobs: crate::os::worker_count(options.jobs),
         progress,
     }
 }
@@ -215,7 +214,7 @@ impl<'r, 'p> Run<'r, 'p> {
         let lease = Lease::acquire(repo, cluster, &request, &|text| progress.notice(text))?;
         // Now that nobody may remove it.
         let source = repo.manifest(cluster, chosen.id)?;
-        packs_must_be_there(repo, &source)?;
+        must_be_whole(repo, &source)?;
         let source_len: u64 = source.pages.iter().map(|page| u64::from(page.len)).sum();
         let packer = |kind| Packer::new(Arc::clone(repo.store()), cluster.clone(), id, kind);
         let run = Self {
@@ -227,7 +226,7 @@ impl<'r, 'p> Run<'r, 'p> {
             lengths: source.packs.iter().map(|pack| (pack.name, pack.len)).collect(),
             data: packer(PackKind::Data),
             map: packer(PackKind::Map),
-            jobs: crate::process::worker_count(options.jobs),
+            jobs: crate::os::worker_count(options.jobs),
             bytes_read: AtomicU64::new(source_len),
             source,
         };

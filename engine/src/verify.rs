@@ -101,12 +101,34 @@ pub fn run(
     verifier.check_presence()?;
     verifier.read_tables()?;
     if !options.quick {
-        let jobs = crate::process::worker_count(options.jobs);
+        let jobs = crate::os::worker_count(options.jobs);
         let threads = rayon::ThreadPoolBuilder::new().num_threads(jobs).build();
         let threads = threads.map_err(|e| Error::new(ErrorKind::Unavailable, "cannot start threads").because(e))?;
         threads.install(|| verifier.check_contents(jobs, progress))?;
     }
-    Ok(verifier.report(begun))
+    let report = verifier.report(begun);
+    if !options.quick {
+        mark(repo, cluster, &report, progress);
+    }
+    Ok(report)
+}
+
+/// Leaves a mark at backups that are damaged, so that no policy counts them and nothing is built upon them; takes it away from those that are not.
+fn mark(repo: &Repository, cluster: &ClusterName, report: &Report, progress: &dyn Progress) {
+    for VerifiedBackup { backup, ok } in &report.backups {
+        let id = backup.id.to_string();
+        let damage = report.damage.iter().find(|damage| damage.backups.contains(&id));
+        let damage = damage.map(|damage| format!("{}: {}", damage.object, damage.problem));
+        let marked = match (ok, damage) {
+            (false, damage) => repo.set_mark(cluster, backup.id, Some(&damage.unwrap_or_default())),
+            (true, _) if backup.damaged => repo.set_mark(cluster, backup.id, None),
+            _ => continue,
+        };
+        if let Err(error) = marked {
+            // A repository that may only be read: the report says it all the same.
+            progress.notice(&format!("cannot note in the repository what was found out about {id}: {error}"));
+        }
+    }
 }
 
 /// A distinct stack of layers, and the files that have it.

@@ -157,6 +157,7 @@ mod tests {
             note: None,
             merged_from: None,
             pinned: false,
+            damaged: false,
         }
     }
 

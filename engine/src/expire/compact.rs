@@ -148,7 +148,7 @@ impl Vacating<'_> {
             block_len: common.block_len(),
             data,
             compression: self.options.compression,
-            jobs: crate::process::worker_count(self.options.jobs),
+            jobs: crate::os::worker_count(self.options.jobs),
             progress: self.progress,
         };
         let load = |layer: &LayerUse| self.seen(common, layer);

@@ -1,7 +1,9 @@
 //! Which backups go and which stay, and why.
 //!
-//! What a policy keeps is in [`super::policy`]. Beyond it stay: what is pinned; what somebody uses right now; what is damaged, because the policy cannot
-//! count it and whoever wants to mend it should find it; and the newest good one, whatever is asked for. Backups that are named go, unless they are pinned, damaged beyond
+//! What a policy keeps is in [`super::policy`]. It decides about moments: a backup and those that were merged from it are one, and of one that is kept the newest
+//! sound backup stays. Beyond that stay: what is pinned; what somebody uses right now; what is damaged, because the policy cannot
+//! count it and whoever wants to mend it should find it; and the newest good one, whatever is asked for: one that has all its packs, that no verification found damaged, and that
+//! lists no corrupt pages, or if all do, one with such pages. Backups that are named go, unless they are pinned, damaged beyond
 //! reading, or the last good one: for those `--force` is needed. Nothing removes what is in use.
 
 use std::collections::BTreeSet;
@@ -36,6 +38,13 @@ struct Candidate<'s> {
     reasons: Vec<String>,
 }
 
+impl Candidate<'_> {
+    /// Whether a restore of it has all that the source had, and nothing corrupt.
+    fn is_good(&self) -> bool {
+        self.fault.is_none() && self.backup.corrupt_pages.is_empty()
+    }
+}
+
 /// Decides about every backup of the scene.
 pub(super) fn decide(repo: &Repository, scene: &Scene, options: &Options) -> Result<Decision> {
     let mut candidates = Vec::new();
@@ -43,12 +52,13 @@ pub(super) fn decide(repo: &Repository, scene: &Scene, options: &Options) -> Res
     for backup in scene.catalog.backups() {
         let manifest = repo.manifest(&scene.cluster, backup.id)?;
         let fault = unsound_among(&present, &manifest)?.map(|(object, fault)| format!("{object}: {fault}"));
+        let fault = fault.or_else(|| backup.damaged.then(|| "`pgstrata verify` found it damaged".to_owned()));
         candidates.push(Candidate { backup, fault, reasons: Vec::new() });
     }
     let mut damaged = Vec::new();
     match &options.selection {
         Selection::Policy(policy) => by_policy(policy, scene, &mut candidates),
-        Selection::Nothing => candidates.iter_mut().for_each(|c| c.reasons.push("nothing was to go".to_owned())),
+        Selection::Nothing => candidates.iter_mut().for_each(|c| c.reasons.push("--keep-all".to_owned())),
         Selection::Named(specs) => damaged = by_name(specs, scene, options.force, &mut candidates)?,
     }
     nothing_else_is_damaged(scene, &damaged)?;
@@ -69,11 +79,23 @@ pub(super) fn decide(repo: &Repository, scene: &Scene, options: &Options) -> Res
 }
 
 fn by_policy(policy: &Policy, scene: &Scene, candidates: &mut [Candidate<'_>]) {
-    let moment = |c: &Candidate<'_>| Moment { time: c.backup.start_time, counts: c.fault.is_none() };
-    let moments: Vec<_> = candidates.iter().map(moment).collect();
-    let last_good = candidates.iter().rposition(|c| c.fault.is_none());
-    for (index, (candidate, reasons)) in candidates.iter_mut().zip(policy.decide(&moments)).enumerate() {
-        candidate.reasons = reasons;
+    let sequences: Vec<u64> = scene.catalog.sequences().collect();
+    let mut moments = Vec::new();
+    let mut representatives = Vec::new();
+    let mut begin = 0;
+    for same in sequences.chunk_by(|a, b| a == b) {
+        let group = &candidates[begin..begin + same.len()];
+        let sound = group.iter().rposition(|candidate| candidate.fault.is_none());
+        let chosen = sound.unwrap_or(same.len() - 1);
+        moments.push(Moment { time: group[chosen].backup.start_time, counts: sound.is_some() });
+        representatives.push(begin + chosen);
+        begin += same.len();
+    }
+    for (index, reasons) in representatives.into_iter().zip(policy.decide(&moments)) {
+        candidates[index].reasons = reasons;
+    }
+    let last_good = last_good(candidates);
+    for (index, candidate) in candidates.iter_mut().enumerate() {
         if candidate.backup.pinned {
             candidate.reasons.push("pinned".to_owned());
         }
@@ -87,6 +109,12 @@ fn by_policy(policy: &Policy, scene: &Scene, candidates: &mut [Candidate<'_>]) {
             candidate.reasons.push("the last good one".to_owned());
         }
     }
+}
+
+/// The newest backup without fault and without corrupt pages; if there is none, the newest without fault.
+fn last_good(candidates: &[Candidate<'_>]) -> Option<usize> {
+    let sound = || candidates.iter().rposition(|candidate| candidate.fault.is_none());
+    candidates.iter().rposition(Candidate::is_good).or_else(sound)
 }
 
 /// Leaves the named ones without a reason to stay; the damaged manifests among them.
@@ -104,7 +132,8 @@ fn by_name(specs: &[String], scene: &Scene, force: bool, candidates: &mut [Candi
     for candidate in candidates.iter_mut().filter(|c| !named.contains(&c.backup.id)) {
         candidate.reasons.push("not named".to_owned());
     }
-    let a_good_one_stays = candidates.iter().any(|c| c.fault.is_none() && !c.reasons.is_empty());
+    let stays = |is_good: fn(&Candidate<'_>) -> bool| candidates.iter().any(|c| is_good(c) && !c.reasons.is_empty());
+    let (good_stays, sound_stays) = (stays(|c| c.is_good()), stays(|c| c.fault.is_none()));
     let refuse = |id: BackupId, why: &str, hint: &str| Err(Error::invalid(format!("{id} {why}")).hint(hint));
     for candidate in candidates.iter().filter(|c| c.reasons.is_empty()) {
         let id = candidate.backup.id;
@@ -115,7 +144,8 @@ fn by_name(specs: &[String], scene: &Scene, force: bool, candidates: &mut [Candi
         if candidate.backup.pinned && !force {
             return refuse(id, "is pinned", "unpin it, or give --force");
         }
-        if candidate.fault.is_none() && !a_good_one_stays && !force {
+        let is_last = candidate.fault.is_none() && !sound_stays || candidate.is_good() && !good_stays;
+        if is_last && !force {
             return refuse(id, "is the last good backup, or one of them", "take another one first, or give --force");
         }
     }

@@ -205,13 +205,12 @@ impl<'a> Exporter<'a> {
         options: &Options,
     ) -> Result<Self> {
         let source = from.manifest(&options.cluster, backup.id)?;
-        if let Some((object, fault)) = from.unsound_pack(&source)? {
-            let hint = "`pgstrata verify` tells which backups are whole; export one of them";
-            return Err(Error::corrupt(object.as_str(), fault).hint(hint));
+        if let Some(fault) = from.known_fault(&source)? {
+            return Err(fault.hint("`pgstrata verify` tells which backups are whole; export one of them"));
         }
         let base = base.map(|base| to.manifest(&options.cluster, base.id)).transpose()?;
         // What is not whole there is nothing to build upon.
-        let sound = base.as_ref().map_or(Ok(false), |base| Ok(to.unsound_pack(base)?.is_none()))?;
+        let sound = base.as_ref().map_or(Ok(false), |base| Ok(to.known_fault(base)?.is_none()))?;
         let base = base.filter(|base| sound && base.block_size == source.block_size);
         Ok(Self { from, to, source, base })
     }
@@ -223,7 +222,7 @@ impl<'a> Exporter<'a> {
             block_len: self.source.block_len(),
             data,
             compression: options.compression,
-            jobs: crate::process::worker_count(options.jobs),
+            jobs: crate::os::worker_count(options.jobs),
             progress,
         }
     }

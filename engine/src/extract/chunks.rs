@@ -138,7 +138,7 @@ impl<'a> Writer<'a> {
         progress: &'a dyn Progress,
         bytes_read: &'a AtomicU64,
     ) -> Self {
-        let jobs = crate::process::worker_count(jobs);
+        let jobs = crate::os::worker_count(jobs);
         Self { repo: chosen.repo, manifest: &chosen.manifest, sink, files, jobs, progress, bytes_read }
     }
 

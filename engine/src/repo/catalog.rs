@@ -67,6 +67,8 @@ pub struct BackupSummary {
     pub merged_from: Option<BackupId>,
     /// Whether it stays whatever the policy of `expire` says.
     pub pinned: bool,
+    /// Whether its bytes were found damaged when they were last read.
+    pub damaged: bool,
 }
 
 impl BackupSummary {
@@ -99,6 +101,7 @@ impl BackupSummary {
             note: manifest.note.clone(),
             merged_from: manifest.merged_from,
             pinned: false,
+            damaged: false,
         }
     }
 }
@@ -129,9 +132,9 @@ impl Catalog {
                 Err(e) => damaged.push((names::manifest(cluster, id, edition)?, e)),
             }
         }
-        let pins = repo.pins(cluster)?;
+        let (pins, marks) = (repo.pins(cluster)?, repo.marks(cluster)?);
         for (_, backup) in &mut good {
-            backup.pinned = pins.contains(&backup.id);
+            (backup.pinned, backup.damaged) = (pins.contains(&backup.id), marks.contains(&backup.id));
         }
         good.sort_by_key(|(moment, backup)| (*moment, backup.id));
         let (moments, backups) = good.into_iter().unzip();
@@ -146,6 +149,11 @@ impl Catalog {
     /// The manifests that cannot be read, and why.
     pub fn damaged(&self) -> &[(ObjectName, Error)] {
         &self.damaged
+    }
+
+    /// For each backup the number of its moment: backups that were made from one another have the same.
+    pub(crate) fn sequences(&self) -> impl Iterator<Item = u64> {
+        self.moments.iter().map(|(sequence, _)| *sequence)
     }
 
     /// The sequence number of the next backup.

@@ -22,7 +22,7 @@
 //! catches; a lease that does not read, which is an error with its name, as nobody knows what it protects; a repository that may only be read, where
 //! readers go without.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -181,7 +181,7 @@ struct Current {
 }
 
 /// The leases that this process holds: a lease of this process that is not among them was given up by a run that failed.
-static HELD: LazyLock<Mutex<HashSet<BackupId>>> = LazyLock::new(Mutex::default);
+static HELD: LazyLock<Mutex<HashMap<BackupId, Arc<State>>>> = LazyLock::new(Mutex::default);
 
 impl Lease {
     /// Waits until nothing is in the way and takes a lease.
@@ -198,7 +198,7 @@ impl Lease {
             Err(e) if request.operation.only_reads() => {
                 // A repository that may only be read, or one with a damaged lease: what is read is proved anyway.
                 if e.kind() != ErrorKind::Unavailable {
-                    notice(&format!("reading without a lease: {e}"));
+                    notice(&format!("going on without a lock, so an expiry may remove what is read here: {e}"));
                 }
                 Ok(Self { id: BackupId::generate(Timestamp::now())?, held: None, waited: false })
             }
@@ -282,19 +282,18 @@ impl Lease {
         let record = LeaseRecord { operation, runs, uses, owner: Owner::this()?, acquired: now, expires: now };
         let object = names::lease(cluster, id, 0)?;
         let current = Current { object, renewals: 0, lapses_after: uptime() + TERM };
-        // Before it can be seen: who sees it asks whether its holder lives.
-        held().insert(id);
-        let state = State {
+        let state = Arc::new(State {
             store: Arc::clone(repo.store()),
             cluster: cluster.clone(),
             id,
             record,
             current: Mutex::new(current),
             lost: AtomicBool::new(false),
-        };
+        });
+        // Before it can be seen: who sees it asks whether its holder lives.
+        held().insert(id, Arc::clone(&state));
         let object = state.current().object.clone();
-        let mut lease =
-            Self { id, held: Some(Held { state: Arc::new(state), stop: None, renewer: None }), waited: false };
+        let mut lease = Self { id, held: Some(Held { state, stop: None, renewer: None }), waited: false };
         if let Some(held) = &mut lease.held {
             held.state.write(&object)?;
             held.start_renewing()?;
@@ -318,7 +317,7 @@ impl Lease {
             if !record.is_stale(id) {
                 return Ok(Some(record));
             }
-            notice(&format!("{record} ended without a word; its lease is broken"));
+            notice(&format!("cleared the lock of {record}, which was interrupted"));
             remove_lease(repo, cluster, id)?;
         }
         Ok(None)
@@ -420,7 +419,7 @@ impl LeaseRecord {
     pub fn is_stale(&self, id: BackupId) -> bool {
         match self.owner.lives() {
             Some(false) => true,
-            Some(true) if self.owner.pid == std::process::id() => !held().contains(&id),
+            Some(true) if self.owner.pid == std::process::id() => !held().contains_key(&id),
             Some(true) => false,
             None => self.expires < Timestamp::now(),
         }
@@ -503,8 +502,16 @@ pub(crate) fn remove_lease(repo: &Repository, cluster: &ClusterName, id: BackupI
     objects.iter().try_for_each(|object| repo.store().delete(&object.name))
 }
 
-fn held() -> std::sync::MutexGuard<'static, HashSet<BackupId>> {
+fn held() -> std::sync::MutexGuard<'static, HashMap<BackupId, Arc<State>>> {
     HELD.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Gives back every lease of this process, which is about to end by a signal; what it was doing must not go on after that.
+pub fn give_up_leases() {
+    for (_, state) in held().drain() {
+        // Whoever meets one that stays will find that its process is gone.
+        let _ = state.store.delete(&state.current().object);
+    }
 }
 
 /// Time since the boot, sleep included.

@@ -23,7 +23,7 @@ pub use catalog::{BackupSummary, Catalog};
 use layer::decode_fingerprints;
 pub(crate) use layer::union;
 pub use layer::{ChunkRef, DataPack, Extent, Layer, LayerBuilder, Locations, PART_BLOCKS};
-pub use lease::{Lease, LeaseRequest, Operation};
+pub use lease::{Lease, LeaseRequest, Operation, give_up_leases};
 pub(crate) use lease::{LeaseRecord, leases, remove_lease};
 pub use manifest::{BackupType, ByteString, CorruptPage, Manifest, Setting, TablespaceLocation, WalSpan};
 pub use names::{BackupId, ClusterName, PackKind, PackName};
@@ -68,6 +68,13 @@ struct Pin {
     pinned: Timestamp,
 }
 
+/// That an object of this name is there is what counts; its contents are for people.
+#[derive(Serialize)]
+struct Mark {
+    found: Timestamp,
+    damage: String,
+}
+
 impl Repository {
     /// Makes a repository in a directory that is empty or does not exist.
     ///
@@ -78,11 +85,14 @@ impl Repository {
             let what = format!("{} is a repository already", path.display());
             return Err(Error::new(ErrorKind::Conflict, what));
         }
-        let occupied = fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some());
+        let is_content =
+            |entry: std::io::Result<fs::DirEntry>| entry.is_ok_and(|entry| entry.file_name() != "lost+found");
+        let occupied = fs::read_dir(path).is_ok_and(|entries| entries.into_iter().any(is_content));
         if occupied {
             let what = format!("{} is not empty and not a repository", path.display());
             return Err(Error::invalid(what).hint("name a directory that is empty or does not exist yet"));
         }
+        must_stand_alone(path)?;
         Self::init_in(Arc::new(LocalStore::create(path)?), path.display().to_string())
     }
 
@@ -228,9 +238,55 @@ impl Repository {
     /// # Errors
     /// When the store cannot list.
     pub fn pins(&self, cluster: &ClusterName) -> Result<BTreeSet<BackupId>> {
-        let prefix = names::pins(cluster);
-        let objects = self.store.list(&prefix)?;
+        self.ids_below(&names::pins(cluster))
+    }
+
+    /// The backups that were found damaged when their bytes were last read, listed or not.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub fn marks(&self, cluster: &ClusterName) -> Result<BTreeSet<BackupId>> {
+        self.ids_below(&names::marks(cluster))
+    }
+
+    fn ids_below(&self, prefix: &str) -> Result<BTreeSet<BackupId>> {
+        let objects = self.store.list(prefix)?;
         Ok(objects.iter().filter_map(|object| object.name.as_str()[prefix.len()..].parse().ok()).collect())
+    }
+
+    /// Marks a backup as damaged, for whoever decides which ones stay or builds upon one; or takes the mark away. Its holder has a lease that names
+    /// the backup.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub(crate) fn set_mark(&self, cluster: &ClusterName, id: BackupId, damage: Option<&str>) -> Result<()> {
+        let object = names::mark(cluster, id)?;
+        match damage {
+            None => self.store.delete(&object),
+            Some(damage) => self.put_once(&object, &Mark { found: Timestamp::now(), damage: damage.to_owned() }),
+        }
+    }
+
+    /// Puts a sealed object unless it is there.
+    fn put_once<T: Serialize>(&self, object: &ObjectName, content: &T) -> Result<()> {
+        match self.store.put_new(object, &mut seal(content)?.as_bytes()) {
+            Err(e) if e.kind() != ErrorKind::Conflict => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    /// What is wrong with a backup, as far as that is known without reading it: a pack that is not there or too short, or what an earlier
+    /// verification found.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub(crate) fn known_fault(&self, manifest: &Manifest) -> Result<Option<Error>> {
+        if let Some((object, fault)) = self.unsound_pack(manifest)? {
+            return Ok(Some(Error::corrupt(object.as_str(), fault)));
+        }
+        let marked = self.marks(&manifest.cluster)?.contains(&manifest.id);
+        let error = || Error::corrupt(manifest.id.to_string(), "`pgstrata verify` found the backup damaged");
+        Ok(marked.then(error))
     }
 
     /// Pins a backup, or takes its pin away; its holder has a lease that names the backup.
@@ -239,13 +295,7 @@ impl Repository {
     /// What the store says.
     pub(crate) fn set_pin(&self, cluster: &ClusterName, id: BackupId, pinned: bool) -> Result<()> {
         let object = names::pin(cluster, id)?;
-        if !pinned {
-            return self.store.delete(&object);
-        }
-        match self.store.put_new(&object, &mut seal(&Pin { pinned: Timestamp::now() })?.as_bytes()) {
-            Err(e) if e.kind() != ErrorKind::Conflict => Err(e),
-            _ => Ok(()),
-        }
+        if pinned { self.put_once(&object, &Pin { pinned: Timestamp::now() }) } else { self.store.delete(&object) }
     }
 
     /// The stored editions of a manifest with their lengths, the newest last.
@@ -270,7 +320,7 @@ impl Repository {
     /// # Errors
     /// What the store says.
     pub(crate) fn sweep(&self, cluster: &ClusterName) -> Result<u64> {
-        let prefixes = [names::manifests, names::packs, names::leases, names::pins];
+        let prefixes = [names::manifests, names::packs, names::leases, names::pins, names::marks];
         prefixes.iter().map(|prefix| self.store.sweep(&prefix(cluster))).sum()
     }
 
@@ -325,6 +375,21 @@ impl Repository {
         }
         Ok(Layer { locations, fingerprints })
     }
+}
+
+/// A repository in a data directory would be backed up with it and lost with it; one in another repository is lost in it.
+fn must_stand_alone(path: &Path) -> Result<()> {
+    let path = crate::os::resolve(path)?;
+    for above in path.ancestors().skip(1) {
+        let what = match () {
+            () if above.join("PG_VERSION").is_file() => "data directory",
+            () if above.join(names::REPOSITORY).is_file() && above.join("clusters").is_dir() => "repository",
+            () => continue,
+        };
+        let what = format!("{} lies in the {what} {}", path.display(), above.display());
+        return Err(Error::invalid(what).hint("put the repository into a directory of its own, on another disk"));
+    }
+    Ok(())
 }
 
 /// Two lines of text: a JSON object, and its checksum.
@@ -416,6 +481,26 @@ mod tests {
         assert_eq!(Repository::init(directory.path()).unwrap_err().kind(), ErrorKind::Invalid);
         assert_eq!(Repository::open(directory.path()).unwrap_err().kind(), ErrorKind::Missing);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_repository_stands_in_no_data_directory_and_in_no_other_repository() {
+        let directory = tempfile::tempdir().unwrap();
+        let cluster = directory.path().join("data");
+        fs::create_dir(&cluster).unwrap();
+        fs::write(cluster.join("PG_VERSION"), "18\n").unwrap();
+        assert_eq!(Repository::init(&cluster.join("backups/here")).unwrap_err().kind(), ErrorKind::Invalid);
+        let outer = directory.path().join("outer");
+        let repo = Repository::init(&outer).unwrap();
+        repo.set_pin(&ClusterName::default(), "20261122T160312Z-1a2b3c4d".parse().unwrap(), true).unwrap();
+        assert_eq!(Repository::init(&outer.join("inner")).unwrap_err().kind(), ErrorKind::Invalid);
+    }
+
+    #[test]
+    fn a_new_file_system_is_as_good_as_an_empty_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("lost+found")).unwrap();
+        Repository::init(directory.path()).unwrap();
     }
 
     #[test]

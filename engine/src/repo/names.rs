@@ -236,6 +236,16 @@ pub(crate) fn pin(cluster: &ClusterName, id: BackupId) -> Result<ObjectName> {
     ObjectName::new(format!("{}{id}", pins(cluster)))
 }
 
+/// The prefix of a cluster's marks of damage.
+pub(crate) fn marks(cluster: &ClusterName) -> String {
+    format!("clusters/{cluster}/damaged/")
+}
+
+/// The mark of a damaged backup.
+pub(crate) fn mark(cluster: &ClusterName, id: BackupId) -> Result<ObjectName> {
+    ObjectName::new(format!("{}{id}", marks(cluster)))
+}
+
 /// The prefix of a run's packs.
 pub(crate) fn packs_of(cluster: &ClusterName, run: BackupId) -> String {
     format!("{}{run}/", packs(cluster))

@@ -45,7 +45,7 @@ impl LocalStore {
         if !metadata.is_dir() {
             return Err(Error::invalid(format!("{} is not a directory", root.display())));
         }
-        let is_root = crate::process::gives_files_away();
+        let is_root = crate::os::gives_files_away();
         let owner = (is_root && metadata.uid() != 0).then(|| Owner { uid: metadata.uid(), gid: metadata.gid() });
         Ok(Self { root: root.to_owned(), owner, open: Mutex::default() })
     }

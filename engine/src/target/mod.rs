@@ -57,8 +57,8 @@ impl Target {
     /// `Invalid` if a directory is named twice, lies in another, or a tablespace's path is not absolute.
     pub fn new(root: &Path, tablespaces: BTreeMap<TablespaceOid, PathBuf>) -> Result<Self> {
         let root = std::path::absolute(root).map_err(|e| Error::io("find", root, e))?;
-        let target = Self { root, tablespaces, give_away: crate::process::gives_files_away() };
-        let roots: Vec<PathBuf> = target.roots().map(resolve).collect::<Result<_>>()?;
+        let target = Self { root, tablespaces, give_away: crate::os::gives_files_away() };
+        let roots: Vec<PathBuf> = target.roots().map(crate::os::resolve).collect::<Result<_>>()?;
         for (at, one) in roots.iter().enumerate() {
             let nested = roots.iter().enumerate().find(|(other, path)| *other != at && one.starts_with(path));
             if let Some((_, other)) = nested {
@@ -102,7 +102,7 @@ impl Target {
         let mut needed: BTreeMap<u64, (u64, PathBuf)> = BTreeMap::new();
         for (root, bytes) in self.roots().zip(bytes) {
             must_be_free(root)?;
-            let existing = existing_ancestor(root)?;
+            let existing = crate::os::existing_ancestor(root)?;
             let device = fs::metadata(&existing).map_err(|e| Error::io("look at", &existing, e))?.dev();
             needed.entry(device).or_insert((0, existing)).0 += bytes;
         }
@@ -394,21 +394,6 @@ fn must_be_free(root: &Path) -> Result<()> {
     let what = format!("{here} is not empty");
     Err(Error::invalid(what)
         .hint("choose an empty or new directory; a tablespace can be placed elsewhere with --tablespace-map OLD=NEW"))
-}
-
-/// The nearest directory above that exists.
-fn existing_ancestor(path: &Path) -> Result<PathBuf> {
-    let found = path.ancestors().find(|ancestor| ancestor.exists());
-    found.map(Path::to_owned).ok_or_else(|| Error::invalid(format!("{} is nowhere", path.display())))
-}
-
-/// The path with its existing part free of symbolic links.
-pub(crate) fn resolve(path: &Path) -> Result<PathBuf> {
-    let absolute = std::path::absolute(path).map_err(|e| Error::io("find", path, e))?;
-    let existing = existing_ancestor(&absolute)?;
-    let rest = absolute.strip_prefix(&existing).unwrap_or(Path::new("")).to_owned();
-    let resolved = existing.canonicalize().map_err(|e| Error::io("find", &existing, e))?;
-    Ok(if rest.as_os_str().is_empty() { resolved } else { resolved.join(rest) })
 }
 
 #[cfg(test)]

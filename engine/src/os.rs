@@ -1,6 +1,9 @@
-//! What this process has at hand: processors, and rights over files.
+//! The operating system: processors, rights over files, paths.
 
 use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
 
 /// How many workers are wanted: one for each processor unless somebody said otherwise.
 pub(crate) fn worker_count(jobs: Option<NonZeroUsize>) -> usize {
@@ -18,6 +21,21 @@ pub(crate) fn gives_files_away() -> bool {
 fn maps_others(uid_map: &str) -> bool {
     let count = |line: &str| line.split_whitespace().nth(2).and_then(|count| count.parse::<u64>().ok()).unwrap_or(0);
     uid_map.lines().map(count).sum::<u64>() > u64::from(u16::MAX)
+}
+
+/// The nearest directory above that exists.
+pub(crate) fn existing_ancestor(path: &Path) -> Result<PathBuf> {
+    let found = path.ancestors().find(|ancestor| ancestor.exists());
+    found.map(Path::to_owned).ok_or_else(|| Error::invalid(format!("{} is nowhere", path.display())))
+}
+
+/// The path with its existing part free of symbolic links.
+pub(crate) fn resolve(path: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(path).map_err(|e| Error::io("find", path, e))?;
+    let existing = existing_ancestor(&absolute)?;
+    let rest = absolute.strip_prefix(&existing).unwrap_or(Path::new("")).to_owned();
+    let resolved = existing.canonicalize().map_err(|e| Error::io("find", &existing, e))?;
+    Ok(if rest.as_os_str().is_empty() { resolved } else { resolved.join(rest) })
 }
 
 #[cfg(test)]
