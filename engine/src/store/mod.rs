@@ -11,12 +11,15 @@
 //! store out of reach or full (`Unavailable`), an object shorter than a reader was told (`Corrupt`). Every driver passes
 //! the same conformance suite.
 
+mod disk;
 mod local;
 mod memory;
 mod name;
 
 #[cfg(test)]
 mod conformance;
+#[cfg(test)]
+pub(crate) mod model_disk;
 
 use std::fmt;
 use std::io::BufRead;
