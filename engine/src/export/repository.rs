@@ -146,6 +146,7 @@ pub fn to_repository(from: &Repository, to: &Repository, options: &Options, prog
 }
 
 fn already_there(to: &Repository, backup: BackupSummary, begun: Instant) -> Result<Report> {
+    to.settle(&backup.cluster)?;
     let manifest = to.manifest(&backup.cluster, backup.id)?;
     if let Some((object, fault)) = to.unsound_pack(&manifest)? {
         let error = Error::corrupt(object.as_str(), format!("the backup is there already, but damaged: {fault}"));

@@ -210,6 +210,15 @@ impl Repository {
         fault.map_or(Ok(()), |(object, fault)| Err(Error::corrupt(object.as_str(), fault)))
     }
 
+    /// Makes durable which backups there are, as a listing shows them from now on: a run that was killed may have left its manifest, or the lack of one, to be
+    /// undone by a loss of power. Whoever deletes what no manifest names asks for this first.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub(crate) fn settle(&self, cluster: &ClusterName) -> Result<()> {
+        self.store.settle(&names::manifests(cluster))
+    }
+
     /// Removes the packs of a run that failed, unless its manifest is there after all.
     ///
     /// # Errors
@@ -229,6 +238,7 @@ impl Repository {
         in_use: &BTreeSet<ObjectName>,
     ) -> Result<()> {
         let manifest = names::manifest(cluster, run, 0)?;
+        self.settle(cluster)?;
         if !self.store.list(manifest.as_str())?.is_empty() {
             return Ok(());
         }
@@ -281,8 +291,9 @@ impl Repository {
             return self.store.delete(&object);
         }
         match self.store.put_new(&object, &mut seal(&Pin { pinned: Timestamp::now() })?.as_bytes()) {
-            Err(e) if e.kind() != ErrorKind::Conflict => Err(e),
-            _ => Ok(()),
+            // Perhaps by somebody who was killed before it was durable.
+            Err(e) if e.kind() == ErrorKind::Conflict => self.store.settle(&names::pins(cluster)),
+            put => put.map(drop),
         }
     }
 

@@ -156,7 +156,9 @@ impl Packer {
         kind: PackKind,
         taken: BTreeSet<ObjectName>,
     ) -> Result<Self> {
-        let objects = store.list(&super::names::packs_of(&cluster, run))?;
+        let directory = super::names::packs_of(&cluster, run);
+        store.settle(&directory)?;
+        let objects = store.list(&directory)?;
         let mut packer = Self::new(store, cluster, run, kind);
         packer.there = objects.into_iter().map(|object| (object.name, object.len)).collect();
         packer.taken = taken;

@@ -6,10 +6,14 @@
 //! failure with the first report. A crash leaves at most a temporary file. Its writer holds a lock on it, which ends with him, however he ends: a
 //! temporary file that can be locked is swept away.
 //!
+//! What is seen is not yet durable: a writer that was killed between a change and its sync has left it to whoever comes next, and a loss of power may
+//! still take it back. So a directory that exists counts as made only after this process has synced the one above it, once, and those who draw
+//! conclusions from a listing ask for [`Store::settle`] first.
+//!
 //! Files are 0600 and directories 0700: a backup holds everything the database does. Root gives what it makes to the owner of the store's directory, or
 //! the next backup of that user could not read it.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::io::{BufRead, ErrorKind as Io};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,6 +37,8 @@ pub struct LocalStore {
     /// To whom root gives what it makes.
     owner: Option<Owner>,
     open: Mutex<VecDeque<(ObjectName, Arc<dyn DiskFile>)>>,
+    /// Directories that are there for good.
+    lasting: Mutex<HashSet<PathBuf>>,
 }
 
 impl LocalStore {
@@ -49,8 +55,13 @@ impl LocalStore {
     /// # Errors
     /// As [`LocalStore::open`], and when the directory cannot be made.
     pub fn create(root: &Path) -> Result<Self> {
-        make_directories(&HostDisk, root, None)?;
-        Self::open(root)
+        Self::create_on(Arc::new(HostDisk), root)
+    }
+
+    /// The store in a directory of a disk that is made if need be.
+    pub(super) fn create_on(disk: Arc<dyn Disk>, root: &Path) -> Result<Self> {
+        make_directories(&*disk, root)?;
+        Self::open_on(disk, root)
     }
 
     /// The store in an existing directory of a disk.
@@ -60,7 +71,8 @@ impl LocalStore {
         };
         let is_root = rustix::process::geteuid().is_root();
         let owner = (is_root && owner.uid != 0).then_some(owner);
-        Ok(Self { disk, root: root.to_owned(), owner, open: Mutex::default() })
+        let lasting = Mutex::new(HashSet::from([root.to_owned()]));
+        Ok(Self { disk, root: root.to_owned(), owner, open: Mutex::default(), lasting })
     }
 
     /// The directory.
@@ -90,14 +102,31 @@ impl LocalStore {
     /// A temporary file in a directory, which is made if need be; a sweep may remove it again while it is empty.
     fn temporary_in(&self, directory: &Path) -> Result<Temporary> {
         let create = || Temporary::create(Arc::clone(&self.disk), directory, self.owner);
-        make_directories(&*self.disk, directory, self.owner)?;
+        self.make_lasting(directory)?;
         match create() {
             Err(e) if e.kind() == ErrorKind::Missing => {
-                make_directories(&*self.disk, directory, self.owner)?;
+                self.make_lasting(directory)?;
                 create()
             }
             created => created,
         }
+    }
+
+    /// Sees to it that a directory below the root is there, and is there for good, 0700 if it is made.
+    fn make_lasting(&self, directory: &Path) -> Result<()> {
+        let lasting = || self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_there = self.disk.is_directory(directory);
+        if directory == self.root || (is_there && lasting().contains(directory)) {
+            return Ok(());
+        }
+        let parent = parent_of(directory)?;
+        self.make_lasting(parent)?;
+        if !is_there {
+            make_directory(&*self.disk, directory, self.owner)?;
+        }
+        sync_directory(&*self.disk, parent)?;
+        lasting().insert(directory.to_owned());
+        Ok(())
     }
 
     fn forget(&self, name: &ObjectName) {
@@ -168,7 +197,7 @@ impl LocalStore {
 impl Store for LocalStore {
     fn put_new(&self, name: &ObjectName, content: &mut dyn BufRead) -> Result<u64> {
         let path = self.path(name);
-        let directory = path.parent().ok_or_else(|| Error::bug("an object name without a directory"))?;
+        let directory = parent_of(&path)?;
         if self.disk.exists(&path) {
             return Err(Error::new(ErrorKind::Conflict, format!("{} exists already", path.display())));
         }
@@ -216,11 +245,25 @@ impl Store for LocalStore {
     fn delete(&self, name: &ObjectName) -> Result<()> {
         let path = self.path(name);
         self.forget(name);
+        let directory = parent_of(&path)?;
         match self.disk.remove_file(&path) {
-            Ok(()) => path.parent().map_or(Ok(()), |directory| sync_directory(&*self.disk, directory)),
+            Ok(()) => sync_directory(&*self.disk, directory),
+            // Perhaps since a moment ago, by somebody who was killed then.
+            Err(e) if e.kind() == Io::NotFound && self.disk.is_directory(directory) => {
+                sync_directory(&*self.disk, directory)
+            }
             Err(e) if e.kind() == Io::NotFound => Ok(()),
             Err(e) => Err(Error::io("delete", &path, e)),
         }
+    }
+
+    fn settle(&self, prefix: &str) -> Result<()> {
+        let directory = self.root.join(prefix.trim_end_matches('/'));
+        if !self.disk.is_directory(&directory) {
+            return Ok(());
+        }
+        self.make_lasting(&directory)?;
+        sync_directory(&*self.disk, &directory)
     }
 
     fn sweep(&self, prefix: &str) -> Result<u64> {
@@ -310,23 +353,35 @@ impl Drop for Temporary {
     }
 }
 
+/// The directory of a path, which is below the root.
+fn parent_of(path: &Path) -> Result<&Path> {
+    path.parent().ok_or_else(|| Error::bug("an object name without a directory"))
+}
+
 /// Makes a directory and its parents, 0700, each durable.
-fn make_directories(disk: &dyn Disk, directory: &Path, owner: Option<Owner>) -> Result<()> {
-    if directory.as_os_str().is_empty() || disk.is_directory(directory) {
-        return Ok(());
-    }
+fn make_directories(disk: &dyn Disk, directory: &Path) -> Result<()> {
     let parent = match directory.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    make_directories(disk, parent, owner)?;
+    if disk.is_directory(directory) {
+        // Made a moment ago by somebody who was killed then, or long ago in a place that we may not even read: what can be done is done.
+        let _ = disk.sync_directory(parent);
+        return Ok(());
+    }
+    if parent != directory {
+        make_directories(disk, parent)?;
+    }
+    make_directory(disk, directory, None)?;
+    sync_directory(disk, parent)
+}
+
+/// Makes a directory, unless somebody else was faster.
+fn make_directory(disk: &dyn Disk, directory: &Path, owner: Option<Owner>) -> Result<()> {
     match disk.make_directory(directory) {
-        Ok(()) => {
-            if let Some(owner) = owner {
-                disk.give_directory(directory, owner).map_err(|e| Error::io("give away", directory, e))?;
-            }
-            sync_directory(disk, parent)
-        }
+        Ok(()) => owner.map_or(Ok(()), |owner| {
+            disk.give_directory(directory, owner).map_err(|e| Error::io("give away", directory, e))
+        }),
         Err(e) if e.kind() == Io::AlreadyExists => Ok(()),
         Err(e) => Err(Error::io("create", directory, e)),
     }

@@ -561,4 +561,29 @@ mod tests {
         assert!(file.append(b"bytes").is_err() && file.sync().is_err());
         assert_eq!(read(&disk.after(End::Killed, &mut always(true)), "/a/x"), b"by");
     }
+
+    #[test]
+    fn a_store_that_was_made_by_somebody_who_was_killed_is_there_for_good_once_it_is_used() {
+        let root = Path::new("/a/b/c");
+        let name = crate::store::ObjectName::new("x/y").unwrap();
+        let put = |disk: &ModelDisk| -> crate::Result<()> {
+            let store = LocalStore::create_on(Arc::new(disk.clone()), root)?;
+            store.put_new(&name, &mut &b"bytes"[..]).map(drop)
+        };
+        let whole = ModelDisk::with(&["a"]);
+        put(&whole).unwrap();
+        let (calls, _) = whole.counted();
+        for call in 0..calls {
+            let disk = ModelDisk::with(&["a"]);
+            disk.stop_at(At::Call(call));
+            assert!(put(&disk).is_err());
+            let disk = disk.after(End::Killed, &mut always(true));
+            let done = put(&disk);
+            assert!(done.is_ok() || call == calls - 1, "call {call}: {done:?}");
+            if done.is_ok() {
+                let disk = disk.after(End::PowerLoss, &mut always(false));
+                assert!(disk.files("a").contains("b/c/x/y"), "call {call}");
+            }
+        }
+    }
 }
