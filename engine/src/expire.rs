@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! lease     from here on nobody begins who does not wait; who began before is in the list, with what he uses
+//! settle    which manifests there are is made durable: what a killed run left half done must not be undone later
 //! decide    which backups stay and why (expire/decide.rs, expire/policy.rs)
 //! manifests those of the others are deleted first: they are no backups any more
 //! garbage   packs that no manifest names and that no live run writes; pins, leases and temporary files of what is gone
@@ -144,6 +145,7 @@ pub fn run(repo: &Repository, options: &Options, progress: &dyn Progress) -> Res
     let begun = Instant::now();
     let request = LeaseRequest { operation: Operation::Expire, runs: Vec::new(), uses: Vec::new() };
     let lease = Lease::acquire(repo, &options.cluster, &request, &|text| progress.notice(text))?;
+    repo.settle(&options.cluster)?;
     let scene = Scene::read(repo, &options.cluster)?;
     let mut collector =
         Collector { repo, cluster: &options.cluster, lease: &lease, progress, report: Report::default() };

@@ -1,7 +1,13 @@
 #![doc = include_str!("../README.md")]
 
+// What tests inside share with tests outside names the engine as those do.
+#[cfg(test)]
+extern crate self as pgstrata_engine;
+
 pub mod backup;
 pub mod chunk;
+#[cfg(test)]
+mod crashes;
 pub mod detect;
 pub mod error;
 pub mod expire;

@@ -12,11 +12,12 @@
 //!
 //! An export that was interrupted is taken up again: its packs have the backup's name, what goes into them follows from the two backups alone, and so a pack
 //! that is there already is compared by its table instead of stored again. If it is another one (the other repository got a newer backup
-//! in between), the export begins anew with packs of other numbers, and what the interrupted one left is litter.
+//! in between), the rest of the interrupted export is removed and the export begins anew. Packs of the backup's name that other backups there refer to
+//! are no such rest: the backup was there before, was expired, and they are what others inherited from it. They stay, and the new packs get other numbers.
 //!
 //! What goes wrong: another cluster under this name there; a backup under this name there with other contents, which cannot be.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -31,11 +32,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::progress::{Phase, Progress, Silent};
 use crate::repack::{MovePlan, Mover};
 use crate::repo::{
-    BackupId, BackupSummary, Catalog, ClusterName, Depth, FileEntry, Layer, Lease, Manifest, Operation, PART_BLOCKS,
-    PackKind, PackName, Packer, PagePlace, PartMap, Repository, Stack, TableCursor, TableWriter, read_page,
-    with_lengths,
+    BackupSummary, Catalog, ClusterName, Depth, FileEntry, Layer, Lease, Manifest, Operation, PART_BLOCKS, PackKind,
+    PackName, Packer, PagePlace, PartMap, Repository, Stack, TableCursor, TableWriter, read_page, with_lengths,
 };
-use crate::store::Store;
+use crate::store::ObjectName;
 
 /// What to export to another repository and how.
 #[derive(Clone, Debug, Default)]
@@ -131,10 +131,13 @@ pub fn to_repository(from: &Repository, to: &Repository, options: &Options, prog
     let base = there.backups().last().cloned();
     let exporter = Exporter::new(from, to, &backup, base.as_ref(), options)?;
     let sequence = sequence_there(&there, exporter.source.sequence, &backup);
-    let done = match exporter.execute(&lease, sequence, Packer::resuming, options, progress) {
+    // The lease keeps them from getting more.
+    let in_use = to.packs_in_use(&options.cluster, backup.id)?;
+    let done = match exporter.execute(&lease, sequence, &in_use, options, progress) {
         Err(e) if e.kind() == ErrorKind::Conflict => {
             progress.notice(&format!("an interrupted export of {} cannot be taken up: {e}; beginning anew", backup.id));
-            exporter.execute(&lease, sequence, Packer::after_others, options, progress)?
+            to.discard_but(&options.cluster, backup.id, &in_use)?;
+            exporter.execute(&lease, sequence, &in_use, options, progress)?
         }
         done => done?,
     };
@@ -142,6 +145,7 @@ pub fn to_repository(from: &Repository, to: &Repository, options: &Options, prog
 }
 
 fn already_there(to: &Repository, backup: BackupSummary, begun: Instant) -> Result<Report> {
+    to.settle(&backup.cluster)?;
     let manifest = to.manifest(&backup.cluster, backup.id)?;
     if let Some((object, fault)) = to.unsound_pack(&manifest)? {
         let error = Error::corrupt(object.as_str(), format!("the backup is there already, but damaged: {fault}"));
@@ -282,11 +286,12 @@ impl<'a> Exporter<'a> {
         &self,
         lease: &Lease,
         sequence: u64,
-        packer: fn(Arc<dyn Store>, ClusterName, BackupId, PackKind) -> Result<Packer>,
+        in_use: &BTreeSet<ObjectName>,
         options: &Options,
         progress: &dyn Progress,
     ) -> Result<Report> {
-        let packer = |kind| packer(Arc::clone(self.to.store()), self.source.cluster.clone(), self.source.id, kind);
+        let Manifest { cluster, id, .. } = &self.source;
+        let packer = |kind| Packer::resuming(Arc::clone(self.to.store()), cluster.clone(), *id, kind, in_use.clone());
         let (data, map) = (packer(PackKind::Data)?, packer(PackKind::Map)?);
         let missing = self.missing()?;
         let load = |job: &Job| self.load(&missing, job, Depth::Fingerprints);

@@ -182,7 +182,9 @@ fn cluster() -> &'static ClusterName {
 
 fn packer(store: &MemoryStore, run: u8) -> Packer {
     let store: Arc<dyn Store> = Arc::new(store.clone());
-    Packer::resuming(store, cluster().clone(), run_id(run), PackKind::Data).unwrap().with_pack_len(PACK_LEN)
+    Packer::resuming(store, cluster().clone(), run_id(run), PackKind::Data, BTreeSet::new())
+        .unwrap()
+        .with_pack_len(PACK_LEN)
 }
 
 fn data_object(pack: DataPack) -> ObjectName {

@@ -220,17 +220,65 @@ impl Repository {
         fault.map_or(Ok(()), |(object, fault)| Err(Error::corrupt(object.as_str(), fault)))
     }
 
+    /// Makes durable which backups there are, as a listing shows them from now on: a run that was killed may have left its manifest, or the lack of one, to be
+    /// undone by a loss of power. Whoever deletes what no manifest names asks for this first.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub(crate) fn settle(&self, cluster: &ClusterName) -> Result<()> {
+        self.store.settle(&names::manifests(cluster))
+    }
+
     /// Removes the packs of a run that failed, unless its manifest is there after all.
     ///
     /// # Errors
     /// When the store cannot list or delete; what is left is litter.
     pub fn discard(&self, cluster: &ClusterName, run: BackupId) -> Result<()> {
+        self.discard_but(cluster, run, &BTreeSet::new())
+    }
+
+    /// The same but for packs that are [in use](Self::packs_in_use).
+    ///
+    /// # Errors
+    /// As [`Repository::discard`].
+    pub(crate) fn discard_but(
+        &self,
+        cluster: &ClusterName,
+        run: BackupId,
+        in_use: &BTreeSet<ObjectName>,
+    ) -> Result<()> {
         let manifest = names::manifest(cluster, run, 0)?;
+        self.settle(cluster)?;
         if !self.store.list(manifest.as_str())?.is_empty() {
             return Ok(());
         }
         let packs = self.store.list(&names::packs_of(cluster, run))?;
-        packs.iter().try_for_each(|pack| self.store.delete(&pack.name))
+        let unused = packs.iter().filter(|pack| !in_use.contains(&pack.name));
+        unused.map(|pack| &pack.name).try_for_each(|pack| self.store.delete(pack))
+    }
+
+    /// The packs of a run that other backups than its own refer to: a backup that was expired and is exported to here again has left them behind. While a
+    /// manifest cannot be read, that is all of them.
+    ///
+    /// # Errors
+    /// When the store cannot list, or a manifest is out of reach.
+    pub(crate) fn packs_in_use(&self, cluster: &ClusterName, run: BackupId) -> Result<BTreeSet<ObjectName>> {
+        let present = self.store.list(&names::packs_of(cluster, run))?;
+        if present.is_empty() {
+            return Ok(BTreeSet::new());
+        }
+        let catalog = self.catalog(cluster)?;
+        if !catalog.damaged().is_empty() {
+            return Ok(present.into_iter().map(|object| object.name).collect());
+        }
+        let mut in_use = BTreeSet::new();
+        for backup in catalog.backups() {
+            let packs = self.manifest(cluster, backup.id)?.packs;
+            for pack in packs.iter().filter(|pack| pack.name.run == run) {
+                in_use.insert(pack.name.object(cluster)?);
+            }
+        }
+        Ok(in_use)
     }
 
     /// The backups that are pinned, listed or not.
@@ -270,8 +318,9 @@ impl Repository {
     /// Puts a sealed object unless it is there.
     fn put_once<T: Serialize>(&self, object: &ObjectName, content: &T) -> Result<()> {
         match self.store.put_new(object, &mut seal(content)?.as_bytes()) {
-            Err(e) if e.kind() != ErrorKind::Conflict => Err(e),
-            _ => Ok(()),
+            // Perhaps by somebody who was killed before it was durable.
+            Err(e) if e.kind() == ErrorKind::Conflict => self.store.settle(object.as_str()),
+            put => put.map(drop),
         }
     }
 

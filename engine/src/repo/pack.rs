@@ -7,13 +7,14 @@
 //!
 //! Resuming: an interrupted run whose work is repeated record by record ([`Packer::resuming`]) finds the packs that it did finish under their
 //! names. Their bytes are not stored again. Only the table of such a pack is put together, and compared with the stored one when the pack
-//! is closed: it has a checksum of every record, so equal tables are equal packs.
+//! is closed: it has a checksum of every record, so equal tables are equal packs. A backup that was here before and was expired may have left packs of that name
+//! that others refer to: the packer is told which, and passes over their numbers.
 //!
 //! What goes wrong: a store that fails, noticed by its thread and reported to whoever appends next or finishes; a run that stops
 //! in the middle, whose open pack is never given a name, because its end was never announced to the store; an interrupted run that
 //! stored something else, noticed when the pack is closed, before anything refers to it.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io::{self, BufRead, Read};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -83,6 +84,8 @@ pub struct Packer {
     pack_len: u64,
     /// The packs that an interrupted run stored, with their lengths.
     there: HashMap<ObjectName, u64>,
+    /// Packs that bear the run's name and are not its own.
+    taken: BTreeSet<ObjectName>,
     state: Mutex<State>,
 }
 
@@ -137,30 +140,28 @@ enum Message {
 impl Packer {
     /// A packer for the run `run`.
     pub fn new(store: Arc<dyn Store>, cluster: ClusterName, run: BackupId, kind: PackKind) -> Self {
-        Self { store, cluster, run, kind, pack_len: PACK_LEN, there: HashMap::new(), state: Mutex::default() }
+        let (there, taken) = (HashMap::new(), BTreeSet::new());
+        Self { store, cluster, run, kind, pack_len: PACK_LEN, there, taken, state: Mutex::default() }
     }
 
-    /// A packer for the run `run`, which was interrupted and is repeated record by record: packs that are in the store are not stored again.
+    /// A packer for the run `run`, which was interrupted and is repeated record by record: packs that are in the store are not stored again. Those
+    /// that are `taken` are something else's: it passes over their numbers.
     ///
     /// # Errors
     /// When the store cannot list.
-    pub fn resuming(store: Arc<dyn Store>, cluster: ClusterName, run: BackupId, kind: PackKind) -> Result<Self> {
-        let objects = store.list(&super::names::packs_of(&cluster, run))?;
+    pub(crate) fn resuming(
+        store: Arc<dyn Store>,
+        cluster: ClusterName,
+        run: BackupId,
+        kind: PackKind,
+        taken: BTreeSet<ObjectName>,
+    ) -> Result<Self> {
+        let directory = super::names::packs_of(&cluster, run);
+        store.settle(&directory)?;
+        let objects = store.list(&directory)?;
         let mut packer = Self::new(store, cluster, run, kind);
         packer.there = objects.into_iter().map(|object| (object.name, object.len)).collect();
-        Ok(packer)
-    }
-
-    /// A packer for the run `run`, whose packs have numbers after those of the packs that are in the store.
-    ///
-    /// # Errors
-    /// When the store cannot list.
-    pub fn after_others(store: Arc<dyn Store>, cluster: ClusterName, run: BackupId, kind: PackKind) -> Result<Self> {
-        let objects = store.list(&super::names::packs_of(&cluster, run))?;
-        let packs = objects.iter().filter_map(|object| PackName::parse(&object.name, &cluster));
-        let next_seq = packs.filter(|pack| pack.kind == kind).map(|pack| pack.seq + 1).max().unwrap_or(0);
-        let packer = Self::new(store, cluster, run, kind);
-        packer.lock().next_seq = next_seq;
+        packer.taken = taken;
         Ok(packer)
     }
 
@@ -217,19 +218,21 @@ impl Packer {
         if state.open.as_ref().is_some_and(|pack| pack.offset >= self.pack_len) {
             state.close_pack()?;
         }
-        if state.open.is_none() {
-            state.open = Some(self.open_pack(state.next_seq)?);
+        while state.open.is_none() {
+            let name = PackName { run: self.run, seq: state.next_seq, kind: self.kind };
+            let object = name.object(&self.cluster)?;
             state.next_seq += 1;
+            if !self.taken.contains(&object) {
+                state.open = Some(self.open_pack(name, object)?);
+            }
         }
         Ok(())
     }
 
-    fn open_pack(&self, seq: u32) -> Result<OpenPack> {
-        let name = PackName { run: self.run, seq, kind: self.kind };
-        let object = name.object(&self.cluster)?;
+    fn open_pack(&self, name: PackName, object: ObjectName) -> Result<OpenPack> {
         let sink = match self.there.get(&object) {
             Some(len) => Sink::There { store: Arc::clone(&self.store), len: *len },
-            None => self.open_sink(seq, object.clone())?,
+            None => self.open_sink(name.seq, object.clone())?,
         };
         Ok(OpenPack { name, object, offset: HEADER_LEN, table: Vec::new(), count: 0, sink })
     }
@@ -672,7 +675,8 @@ mod tests {
     }
 
     fn resuming(store: &MemoryStore) -> Packer {
-        Packer::resuming(Arc::new(store.clone()), ClusterName::default(), id(), PackKind::Data).unwrap()
+        Packer::resuming(Arc::new(store.clone()), ClusterName::default(), id(), PackKind::Data, BTreeSet::new())
+            .unwrap()
     }
 
     #[test]

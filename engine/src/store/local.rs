@@ -6,18 +6,21 @@
 //! failure with the first report. A crash leaves at most a temporary file. Its writer holds a lock on it, which ends with him, however he ends: a
 //! temporary file that can be locked is swept away.
 //!
+//! What is seen is not yet durable: a writer that was killed between a change and its sync has left it to whoever comes next, and a loss of power may
+//! still take it back. So a directory that exists counts as made only after this process has synced the one above it, once, and those who draw
+//! conclusions from a listing ask for [`Store::settle`] first.
+//!
 //! Files are 0600 and directories 0700: a backup holds everything the database does. Root gives what it makes to the owner of the store's directory, or
 //! the next backup of that user could not read it.
 
-use std::collections::VecDeque;
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{BufRead, ErrorKind as Io, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::collections::{HashSet, VecDeque};
+use std::io::{BufRead, ErrorKind as Io};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags, flock};
+use rustix::io::Errno;
 
+use super::disk::{Disk, DiskFile, HostDisk, Kind, Owner};
 use super::{ObjectInfo, ObjectName, Store};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -29,10 +32,13 @@ const OPEN_FILES: usize = 16;
 /// Objects as files below a directory.
 #[derive(Debug)]
 pub struct LocalStore {
+    disk: Arc<dyn Disk>,
     root: PathBuf,
     /// To whom root gives what it makes.
     owner: Option<Owner>,
-    open: Mutex<VecDeque<(ObjectName, Arc<File>)>>,
+    open: Mutex<VecDeque<(ObjectName, Arc<dyn DiskFile>)>>,
+    /// Directories that are there for good.
+    lasting: Mutex<HashSet<PathBuf>>,
 }
 
 impl LocalStore {
@@ -41,13 +47,7 @@ impl LocalStore {
     /// # Errors
     /// `Missing` if there is no such directory, `Invalid` if it is something else.
     pub fn open(root: &Path) -> Result<Self> {
-        let metadata = fs::metadata(root).map_err(|e| Error::io("open", root, e))?;
-        if !metadata.is_dir() {
-            return Err(Error::invalid(format!("{} is not a directory", root.display())));
-        }
-        let is_root = crate::os::gives_files_away();
-        let owner = (is_root && metadata.uid() != 0).then(|| Owner { uid: metadata.uid(), gid: metadata.gid() });
-        Ok(Self { root: root.to_owned(), owner, open: Mutex::default() })
+        Self::open_on(Arc::new(HostDisk), root)
     }
 
     /// The store in a directory that is made if need be, with its parents.
@@ -55,8 +55,24 @@ impl LocalStore {
     /// # Errors
     /// As [`LocalStore::open`], and when the directory cannot be made.
     pub fn create(root: &Path) -> Result<Self> {
-        make_directories(root, None)?;
-        Self::open(root)
+        Self::create_on(Arc::new(HostDisk), root)
+    }
+
+    /// The store in a directory of a disk that is made if need be.
+    pub(super) fn create_on(disk: Arc<dyn Disk>, root: &Path) -> Result<Self> {
+        make_directories(&*disk, root)?;
+        Self::open_on(disk, root)
+    }
+
+    /// The store in an existing directory of a disk.
+    pub(super) fn open_on(disk: Arc<dyn Disk>, root: &Path) -> Result<Self> {
+        let Some(owner) = disk.owner(root).map_err(|e| Error::io("open", root, e))? else {
+            return Err(Error::invalid(format!("{} is not a directory", root.display())));
+        };
+        let is_root = crate::os::gives_files_away();
+        let owner = (is_root && owner.uid != 0).then_some(owner);
+        let lasting = Mutex::new(HashSet::from([root.to_owned()]));
+        Ok(Self { disk, root: root.to_owned(), owner, open: Mutex::default(), lasting })
     }
 
     /// The directory.
@@ -69,13 +85,13 @@ impl LocalStore {
     }
 
     /// The object opened for reading, from the files that are open already if it is one of them.
-    fn reader(&self, name: &ObjectName) -> Result<Arc<File>> {
+    fn reader(&self, name: &ObjectName) -> Result<Arc<dyn DiskFile>> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, file)) = open.iter().find(|(known, _)| known == name) {
             return Ok(Arc::clone(file));
         }
         let path = self.path(name);
-        let file = Arc::new(File::open(&path).map_err(|e| Error::io("open", &path, e))?);
+        let file: Arc<dyn DiskFile> = Arc::from(self.disk.open(&path).map_err(|e| Error::io("open", &path, e))?);
         if open.len() == OPEN_FILES {
             open.pop_front();
         }
@@ -85,14 +101,32 @@ impl LocalStore {
 
     /// A temporary file in a directory, which is made if need be; a sweep may remove it again while it is empty.
     fn temporary_in(&self, directory: &Path) -> Result<Temporary> {
-        make_directories(directory, self.owner)?;
-        match Temporary::create(directory, self.owner) {
+        let create = || Temporary::create(Arc::clone(&self.disk), directory, self.owner);
+        self.make_lasting(directory)?;
+        match create() {
             Err(e) if e.kind() == ErrorKind::Missing => {
-                make_directories(directory, self.owner)?;
-                Temporary::create(directory, self.owner)
+                self.make_lasting(directory)?;
+                create()
             }
             created => created,
         }
+    }
+
+    /// Sees to it that a directory below the root is there, and is there for good, 0700 if it is made.
+    fn make_lasting(&self, directory: &Path) -> Result<()> {
+        let lasting = || self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_there = self.disk.is_directory(directory);
+        if directory == self.root || (is_there && lasting().contains(directory)) {
+            return Ok(());
+        }
+        let parent = parent_of(directory)?;
+        self.make_lasting(parent)?;
+        if !is_there {
+            make_directory(&*self.disk, directory, self.owner)?;
+        }
+        sync_directory(&*self.disk, parent)?;
+        lasting().insert(directory.to_owned());
+        Ok(())
     }
 
     fn forget(&self, name: &ObjectName) {
@@ -101,50 +135,83 @@ impl LocalStore {
 
     fn list_directory(&self, relative: &str, prefix: &str, found: &mut Vec<ObjectInfo>) -> Result<()> {
         let directory = self.root.join(relative);
-        let entries = match fs::read_dir(&directory) {
+        let entries = match self.disk.entries(&directory) {
             Ok(entries) => entries,
             Err(e) if e.kind() == Io::NotFound => return Ok(()),
             Err(e) => return Err(Error::io("list", &directory, e)),
         };
-        for entry in entries {
-            let entry = entry.map_err(|e| Error::io("list", &directory, e))?;
-            let file_name = entry.file_name();
+        for (file_name, kind) in entries {
             let Some(component) = file_name.to_str().filter(|text| super::name::is_component(text)) else { continue };
             let name = if relative.is_empty() { component.to_owned() } else { format!("{relative}/{component}") };
-            let metadata = match entry.metadata() {
-                Ok(metadata) => metadata,
-                Err(e) if e.kind() == Io::NotFound => continue,
-                Err(e) => return Err(Error::io("look at", &entry.path(), e)),
-            };
             let reachable = name.starts_with(prefix) || prefix.starts_with(&format!("{name}/"));
-            if metadata.is_dir() && reachable {
+            if kind == Kind::Directory && reachable {
                 self.list_directory(&name, prefix, found)?;
-            } else if metadata.is_file() && name.starts_with(prefix) {
-                found.push(ObjectInfo { name: ObjectName::new(name)?, len: metadata.len() });
+            } else if kind == Kind::File && name.starts_with(prefix) {
+                let path = directory.join(component);
+                match self.disk.len(&path) {
+                    Ok(len) => found.push(ObjectInfo { name: ObjectName::new(name)?, len }),
+                    Err(e) if e.kind() == Io::NotFound => {}
+                    Err(e) => return Err(Error::io("look at", &path, e)),
+                }
             }
         }
         Ok(())
+    }
+
+    /// Sweeps a directory and all below; those below that are empty then go, too.
+    fn sweep_directory(&self, directory: &Path, may_go: bool) -> Result<u64> {
+        let entries = self.disk.entries(directory).map_err(|e| Error::io("list", directory, e))?;
+        let mut freed = 0;
+        for (name, kind) in entries {
+            let path = directory.join(&name);
+            if kind == Kind::Directory {
+                freed += self.sweep_directory(&path, true)?;
+            } else if kind == Kind::File && name.as_encoded_bytes().starts_with(TEMPORARY.as_bytes()) {
+                freed += self.sweep_temporary(&path)?;
+            }
+        }
+        if may_go {
+            // Fails unless it is empty; whoever wants to write into it makes it again.
+            let _ = self.disk.remove_directory(directory);
+        }
+        Ok(freed)
+    }
+
+    /// Removes a temporary file unless its writer lives.
+    fn sweep_temporary(&self, path: &Path) -> Result<u64> {
+        let file = match self.disk.claim(path) {
+            Ok(Some(file)) => file,
+            Ok(None) => return Ok(0),
+            Err(e) if e.kind() == Io::NotFound => return Ok(0),
+            Err(e) => return Err(Error::io("open", path, e)),
+        };
+        let len = file.len().map_err(|e| Error::io("look at", path, e))?;
+        match self.disk.remove_file(path) {
+            Ok(()) => Ok(len),
+            Err(e) if e.kind() == Io::NotFound => Ok(0),
+            Err(e) => Err(Error::io("delete", path, e)),
+        }
     }
 }
 
 impl Store for LocalStore {
     fn put_new(&self, name: &ObjectName, content: &mut dyn BufRead) -> Result<u64> {
         let path = self.path(name);
-        let directory = path.parent().ok_or_else(|| Error::bug("an object name without a directory"))?;
-        if fs::symlink_metadata(&path).is_ok() {
+        let directory = parent_of(&path)?;
+        if self.disk.exists(&path) {
             return Err(Error::new(ErrorKind::Conflict, format!("{} exists already", path.display())));
         }
         let temporary = self.temporary_in(directory)?;
         let len = temporary.fill(content)?;
         temporary.rename_to(&path)?;
-        sync_directory(directory)?;
+        sync_directory(&*self.disk, directory)?;
         Ok(len)
     }
 
     fn get(&self, name: &ObjectName, max_len: u64) -> Result<Vec<u8>> {
         let file = self.reader(name)?;
         let path = self.path(name);
-        let len = file.metadata().map_err(|e| Error::io("look at", &path, e))?.len();
+        let len = file.len().map_err(|e| Error::io("look at", &path, e))?;
         check_len(name, len, max_len)?;
         let too_long = |_| Error::new(ErrorKind::Unsupported, "the object does not fit into memory").at(name.as_str());
         let mut bytes = vec![0; usize::try_from(len).map_err(too_long)?];
@@ -157,11 +224,11 @@ impl Store for LocalStore {
         match file.read_exact_at(buffer, offset) {
             Ok(()) => Ok(()),
             Err(e) if e.kind() == Io::UnexpectedEof => {
-                let len = file.metadata().map(|metadata| metadata.len()).unwrap_or_default();
+                let len = file.len().unwrap_or_default();
                 Err(too_short(name, len, offset, buffer.len()))
             }
             // The disk says that these bytes are lost.
-            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()) => {
+            Err(e) if e.raw_os_error() == Some(Errno::IO.raw_os_error()) => {
                 Err(Error::corrupt(name.as_str(), "the object cannot be read from the disk").because(e))
             }
             Err(e) => Err(Error::io("read", &self.path(name), e)),
@@ -178,56 +245,30 @@ impl Store for LocalStore {
     fn delete(&self, name: &ObjectName) -> Result<()> {
         let path = self.path(name);
         self.forget(name);
-        match fs::remove_file(&path) {
-            Ok(()) => path.parent().map_or(Ok(()), sync_directory),
+        let directory = parent_of(&path)?;
+        match self.disk.remove_file(&path) {
+            Ok(()) => sync_directory(&*self.disk, directory),
+            // Perhaps since a moment ago, by somebody who was killed then.
+            Err(e) if e.kind() == Io::NotFound && self.disk.is_directory(directory) => {
+                sync_directory(&*self.disk, directory)
+            }
             Err(e) if e.kind() == Io::NotFound => Ok(()),
             Err(e) => Err(Error::io("delete", &path, e)),
         }
     }
 
+    fn settle(&self, prefix: &str) -> Result<()> {
+        let directory = self.root.join(prefix.trim_end_matches('/'));
+        if !self.disk.is_directory(&directory) {
+            return Ok(());
+        }
+        self.make_lasting(&directory)?;
+        sync_directory(&*self.disk, &directory)
+    }
+
     fn sweep(&self, prefix: &str) -> Result<u64> {
         let directory = self.root.join(prefix);
-        if directory.is_dir() { sweep_directory(&directory, false) } else { Ok(0) }
-    }
-}
-
-/// Sweeps a directory and all below; those below that are empty then go, too.
-fn sweep_directory(directory: &Path, may_go: bool) -> Result<u64> {
-    let entries = fs::read_dir(directory).map_err(|e| Error::io("list", directory, e))?;
-    let mut freed = 0;
-    for entry in entries {
-        let entry = entry.map_err(|e| Error::io("list", directory, e))?;
-        let path = entry.path();
-        let kind = entry.file_type().map_err(|e| Error::io("look at", &path, e))?;
-        if kind.is_dir() {
-            freed += sweep_directory(&path, true)?;
-        } else if kind.is_file() && entry.file_name().as_encoded_bytes().starts_with(TEMPORARY.as_bytes()) {
-            freed += sweep_temporary(&path)?;
-        }
-    }
-    if may_go {
-        // Fails unless it is empty; whoever wants to write into it makes it again.
-        let _ = fs::remove_dir(directory);
-    }
-    Ok(freed)
-}
-
-/// Removes a temporary file unless its writer lives.
-fn sweep_temporary(path: &Path) -> Result<u64> {
-    let file = match OpenOptions::new().write(true).open(path) {
-        Ok(file) => file,
-        Err(e) if e.kind() == Io::NotFound => return Ok(0),
-        Err(e) => return Err(Error::io("open", path, e)),
-    };
-    // Locked: somebody writes it. Not supported: nobody can tell.
-    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-        return Ok(0);
-    }
-    let len = file.metadata().map_err(|e| Error::io("look at", path, e))?.len();
-    match fs::remove_file(path) {
-        Ok(()) => Ok(len),
-        Err(e) if e.kind() == Io::NotFound => Ok(0),
-        Err(e) => Err(Error::io("delete", path, e)),
+        if self.disk.is_directory(&directory) { self.sweep_directory(&directory, false) } else { Ok(0) }
     }
 }
 
@@ -250,24 +291,21 @@ pub(super) fn check_len(name: &ObjectName, len: u64, max_len: u64) -> Result<()>
 
 /// A file that is removed again unless it got its name.
 struct Temporary {
+    disk: Arc<dyn Disk>,
     path: PathBuf,
-    file: File,
+    file: Box<dyn DiskFile>,
     named: bool,
 }
 
 impl Temporary {
-    fn create(directory: &Path, owner: Option<Owner>) -> Result<Self> {
+    fn create(disk: Arc<dyn Disk>, directory: &Path, owner: Option<Owner>) -> Result<Self> {
         let mut random = [0; 8];
         getrandom::fill(&mut random).map_err(|e| Error::new(ErrorKind::Unavailable, format!("no randomness: {e}")))?;
         let path = directory.join(format!("{TEMPORARY}{:016x}", u64::from_le_bytes(random)));
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        let file = file.map_err(|e| Error::io("create", &path, e))?;
-        let temporary = Self { path, file, named: false };
-        // A file system without locks has no sweeping either. One that is swept before it is locked will not get its name, which is an error then.
-        let _ = flock(&temporary.file, FlockOperation::NonBlockingLockExclusive);
-        if let Some(Owner { uid, gid }) = owner {
-            let given = std::os::unix::fs::fchown(&temporary.file, Some(uid), Some(gid));
-            given.map_err(|e| Error::io("give away", &temporary.path, e))?;
+        let file = disk.create(&path).map_err(|e| Error::io("create", &path, e))?;
+        let temporary = Self { disk, path, file, named: false };
+        if let Some(owner) = owner {
+            temporary.file.give(owner).map_err(|e| Error::io("give away", &temporary.path, e))?;
         }
         Ok(temporary)
     }
@@ -284,24 +322,23 @@ impl Temporary {
             if bytes.is_empty() {
                 break;
             }
-            (&self.file).write_all(bytes).map_err(|e| Error::io("write", &self.path, e))?;
+            self.file.append(bytes).map_err(|e| Error::io("write", &self.path, e))?;
             let written = bytes.len();
             content.consume(written);
             len += written as u64;
         }
-        self.file.sync_all().map_err(|e| Error::io("sync", &self.path, e))?;
+        self.file.sync().map_err(|e| Error::io("sync", &self.path, e))?;
         Ok(len)
     }
 
     fn rename_to(mut self, path: &Path) -> Result<()> {
-        let renamed = rustix::fs::renameat_with(CWD, &self.path, CWD, path, RenameFlags::NOREPLACE);
-        // File systems without that flag (NFS among them) have hard links, which never replace either.
-        match renamed {
+        match self.disk.rename(&self.path, path) {
             Ok(()) => self.named = true,
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
-                fs::hard_link(&self.path, path).map_err(|e| Error::io("name", path, e))?;
+            // File systems without that (NFS among them) have hard links, which never replace either.
+            Err(e) if matches!(Errno::from_io_error(&e), Some(Errno::INVAL | Errno::NOSYS)) => {
+                self.disk.link(&self.path, path).map_err(|e| Error::io("name", path, e))?;
             }
-            Err(e) => return Err(Error::io("name", path, e.into())),
+            Err(e) => return Err(Error::io("name", path, e)),
         }
         Ok(())
     }
@@ -311,49 +348,53 @@ impl Drop for Temporary {
     fn drop(&mut self) {
         if !self.named {
             // Litter that stays is harmless and is cleaned up later.
-            let _ = fs::remove_file(&self.path);
+            let _ = self.disk.remove_file(&self.path);
         }
     }
 }
 
-/// A user and a group.
-#[derive(Clone, Copy, Debug)]
-struct Owner {
-    uid: u32,
-    gid: u32,
+/// The directory of a path, which is below the root.
+fn parent_of(path: &Path) -> Result<&Path> {
+    path.parent().ok_or_else(|| Error::bug("an object name without a directory"))
 }
 
 /// Makes a directory and its parents, 0700, each durable.
-fn make_directories(directory: &Path, owner: Option<Owner>) -> Result<()> {
-    if directory.as_os_str().is_empty() || directory.is_dir() {
-        return Ok(());
-    }
+fn make_directories(disk: &dyn Disk, directory: &Path) -> Result<()> {
     let parent = match directory.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    make_directories(parent, owner)?;
-    match DirBuilder::new().mode(0o700).create(directory) {
-        Ok(()) => {
-            if let Some(Owner { uid, gid }) = owner {
-                std::os::unix::fs::chown(directory, Some(uid), Some(gid))
-                    .map_err(|e| Error::io("give away", directory, e))?;
-            }
-            sync_directory(parent)
-        }
+    if disk.is_directory(directory) {
+        // Made a moment ago by somebody who was killed then, or long ago in a place that we may not even read: what can be done is done.
+        let _ = disk.sync_directory(parent);
+        return Ok(());
+    }
+    if parent != directory {
+        make_directories(disk, parent)?;
+    }
+    make_directory(disk, directory, None)?;
+    sync_directory(disk, parent)
+}
+
+/// Makes a directory, unless somebody else was faster.
+fn make_directory(disk: &dyn Disk, directory: &Path, owner: Option<Owner>) -> Result<()> {
+    match disk.make_directory(directory) {
+        Ok(()) => owner.map_or(Ok(()), |owner| {
+            disk.give_directory(directory, owner).map_err(|e| Error::io("give away", directory, e))
+        }),
         Err(e) if e.kind() == Io::AlreadyExists => Ok(()),
         Err(e) => Err(Error::io("create", directory, e)),
     }
 }
 
 /// Makes a directory's entries durable.
-pub(crate) fn sync_directory(directory: &Path) -> Result<()> {
-    let synced = File::open(directory).and_then(|handle| handle.sync_all());
-    synced.map_err(|e| Error::io("sync", directory, e))
+fn sync_directory(disk: &dyn Disk, directory: &Path) -> Result<()> {
+    disk.sync_directory(directory).map_err(|e| Error::io("sync", directory, e))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
@@ -386,7 +427,7 @@ mod tests {
         fs::create_dir_all(root.join("x/empty/deeper")).unwrap();
         fs::write(root.join("x/.tmp-0123"), "litter").unwrap();
         fs::write(root.join("x/.other"), "not ours").unwrap();
-        let written = Temporary::create(&root.join("x"), None).unwrap();
+        let written = Temporary::create(Arc::new(HostDisk), &root.join("x"), None).unwrap();
         assert_eq!(store.sweep("x").unwrap(), 6);
         let mut left: Vec<_> = fs::read_dir(root.join("x")).unwrap().map(|entry| entry.unwrap().path()).collect();
         left.sort();

@@ -4,19 +4,22 @@
 //! exist, whole and durable, or fails and leaves nothing under that name; nothing ever changes one. That is what lets a
 //! manifest be the only commit point, and what makes object-lock storage work.
 //!
-//! Why five methods: each is one every object store and file system has. There is no rename, no append, no lock. A sixth, `sweep`, is for drivers whose
-//! `put_new` leaves something behind when it is killed.
+//! Why five methods: each is one every object store and file system has. There is no rename, no append, no lock. Two more are for drivers whose calls can be
+//! cut in two when their process is killed: `sweep`, for what `put_new` leaves behind, and `settle`, for what is done and not yet durable.
 //!
 //! What goes wrong: a name that is taken ([`ErrorKind::Conflict`](crate::ErrorKind)), an object that is not there (`Missing`), a
 //! store out of reach or full (`Unavailable`), an object shorter than a reader was told (`Corrupt`). Every driver passes
 //! the same conformance suite.
 
+mod disk;
 mod local;
 mod memory;
 mod name;
 
 #[cfg(test)]
 mod conformance;
+#[cfg(test)]
+pub(crate) mod model_disk;
 
 use std::fmt;
 use std::io::BufRead;
@@ -61,8 +64,16 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// All objects whose names begin with `prefix`, in the order of their names.
     fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>>;
 
-    /// Removes an object; it is no error if there is none.
+    /// Removes an object, for good on return; it is no error if there is none.
     fn delete(&self, name: &ObjectName) -> Result<()>;
+
+    /// Makes durable what a listing of `prefix`, a whole directory of names that ends with a slash, shows, and what it shows no more.
+    ///
+    /// Calls that ended well are durable anyway. One that was cut off by the end of its process may be seen, and still be undone by a loss of power: who
+    /// deletes or commits something because of what he sees there asks for this before he looks. A store that is never of two minds has nothing to do.
+    fn settle(&self, _prefix: &str) -> Result<()> {
+        Ok(())
+    }
 
     /// Removes what calls of `put_new` that never ended left below `prefix`, which is no object, and returns its length in bytes.
     ///
