@@ -471,8 +471,12 @@ impl<'r, 'p> Run<'r, 'p> {
             let request = LeaseRequest { operation: Operation::Backup, runs, uses };
             let lease = Lease::acquire(repo, &options.cluster, &request, &|text| progress.notice(text))?;
             // Between the plan and the lease another run may have removed the parent, or made a newer one.
-            let sound = plan.parent.as_ref().map_or(Ok(None), |parent| repo.unsound_pack(parent))?.is_none();
-            if sound && !lease.waited() {
+            let is_there = |parent: &Manifest| match repo.manifest(&parent.cluster, parent.id) {
+                Err(e) if e.kind() == ErrorKind::Missing => Ok(false),
+                found => Ok(found?.edition == parent.edition && repo.unsound_pack(parent)?.is_none()),
+            };
+            let is_there = plan.parent.as_ref().map_or(Ok(true), is_there)?;
+            if is_there && !lease.waited() {
                 return Ok(Self::new(plan, id, start_time, lease, salvage, progress));
             }
         }

@@ -33,7 +33,7 @@ use self::compact::Vacating;
 use self::decide::Decision;
 use self::usage::Usage;
 use crate::chunk::Compression;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::progress::{Phase, Progress};
 use crate::repo::{
     BackupId, BackupSummary, Catalog, ClusterName, Lease, LeaseRecord, LeaseRequest, Operation, PackName, Repository,
@@ -116,7 +116,7 @@ pub fn plan(repo: &Repository, options: &Options) -> Result<Report> {
     let begun = Instant::now();
     let scene = Scene::read(repo, &options.cluster)?;
     let decision = decide::decide(repo, &scene, options)?;
-    let survey = Survey::of(repo, &scene, &decision)?;
+    let survey = Survey::of(repo, &options.cluster, &decision)?;
     let usage = Usage::read(repo, &options.cluster, &survey)?;
     let vacated = usage.mostly_dead(options.max_unused);
     let live_in_vacated: u64 = vacated.iter().map(|pack| usage.live(pack)).sum();
@@ -153,8 +153,11 @@ pub fn run(repo: &Repository, options: &Options, progress: &dyn Progress) -> Res
     collector.break_stale_leases(&scene)?;
     let mut decision = decide::decide(repo, &scene, options)?;
     collector.remove_manifests(&scene, &mut decision)?;
-    collector.remove_garbage(&scene, &decision)?;
-    collector.compact(&scene, &decision, options)?;
+    collector.remove_garbage(&decision)?;
+    collector.compact(&decision, options)?;
+    if let Err(error) = repo.keep_reserve() {
+        progress.notice(&format!("there is hardly any room left in the repository: {error}"));
+    }
     let mut report = collector.report;
     report.removed = decision.removed;
     report.kept = decision.kept;
@@ -198,7 +201,7 @@ impl Scene {
 struct Survey {
     /// The backups that stay.
     backups: Vec<BackupId>,
-    /// Those of them that are left as they are: somebody uses them, or they have not all of their packs.
+    /// Those of them that are left as they are: somebody uses them, they are damaged, or they are newer than the decision.
     fixed: BTreeSet<BackupId>,
     /// Packs that they refer to, with their lengths.
     referenced: BTreeMap<PackName, u64>,
@@ -207,23 +210,33 @@ struct Survey {
 }
 
 impl Survey {
-    fn of(repo: &Repository, scene: &Scene, decision: &Decision) -> Result<Self> {
-        let kept = &decision.kept;
+    /// Looks again at everything: what was committed or begun since the decision is taken as it is.
+    fn of(repo: &Repository, cluster: &ClusterName, decision: &Decision) -> Result<Self> {
+        let scene = Scene::read(repo, cluster)?;
+        if let Some((object, error)) =
+            scene.catalog.damaged().iter().find(|(object, _)| !decision.damaged.contains(object))
+        {
+            let what = format!("a manifest cannot be read, so nobody knows what it needs: {error}");
+            return Err(Error::corrupt(object.as_str(), what));
+        }
+        let goes: BTreeSet<BackupId> = decision.removed.iter().map(|backup| backup.id).collect();
+        let ids = scene.catalog.backups().iter().map(|backup| backup.id);
+        let backups: Vec<BackupId> = ids.filter(|id| !goes.contains(id)).collect();
         let mut referenced = BTreeMap::new();
-        for Kept { id, .. } in kept {
-            let manifest = repo.manifest(&scene.cluster, *id)?;
-            referenced.extend(manifest.packs.iter().map(|pack| (pack.name, pack.len)));
+        for id in &backups {
+            let packs = repo.packs_of_all_editions(cluster, *id)?;
+            referenced.extend(packs.iter().map(|pack| (pack.name, pack.len)));
         }
         let writers = scene.writers();
-        let present: HashMap<ObjectName, u64> = repo.packs(&scene.cluster)?;
+        let present: HashMap<ObjectName, u64> = repo.packs(cluster)?;
         let is_garbage = |object: &ObjectName| {
-            let pack = PackName::parse(object, &scene.cluster);
+            let pack = PackName::parse(object, cluster);
             pack.is_some_and(|pack| !referenced.contains_key(&pack) && !writers.contains(&pack.run))
         };
         let mut garbage: Vec<_> = present.into_iter().filter(|(object, _)| is_garbage(object)).collect();
         garbage.sort_unstable();
-        let backups: Vec<_> = kept.iter().map(|kept| kept.id).collect();
-        let is_fixed = |id: &BackupId| scene.user(*id).is_some() || decision.unsound.contains(id);
+        let decided = |id: &BackupId| decision.kept.iter().any(|kept| kept.id == *id);
+        let is_fixed = |id: &BackupId| scene.user(*id).is_some() || decision.unsound.contains(id) || !decided(id);
         let fixed = backups.iter().copied().filter(is_fixed).collect();
         Ok(Self { backups, fixed, referenced, garbage })
     }
@@ -265,7 +278,11 @@ impl Collector<'_> {
     fn remove_manifests(&mut self, scene: &Scene, decision: &mut Decision) -> Result<()> {
         self.lease.check()?;
         for object in &decision.damaged {
-            self.delete(object, 0);
+            // All of its editions: an older one would be a backup again, whose packs go now.
+            match self.repo.backup_of(self.cluster, object) {
+                Some(id) => drop(self.remove_manifest(id)?),
+                None => drop(self.delete(object, 0)),
+            }
         }
         let removed = std::mem::take(&mut decision.removed);
         for backup in removed {
@@ -297,18 +314,27 @@ impl Collector<'_> {
         Ok(true)
     }
 
+    /// Deletes the editions of a manifest but for the one that counts.
     fn remove_old_editions(&mut self, id: BackupId) -> Result<()> {
-        let mut editions = self.repo.manifest_editions(self.cluster, id)?;
-        editions.pop();
-        for (object, len) in editions {
-            self.delete(&object, len);
+        let counts = match self.repo.manifest(self.cluster, id) {
+            Ok(manifest) => manifest.object()?,
+            // Given up, or gone.
+            Err(e) if matches!(e.kind(), ErrorKind::Missing | ErrorKind::Corrupt | ErrorKind::Unsupported) => {
+                return Ok(());
+            }
+            Err(e) => return Err(e),
+        };
+        for (object, len) in self.repo.manifest_editions(self.cluster, id)? {
+            if object != counts {
+                self.delete(&object, len);
+            }
         }
         Ok(())
     }
 
     /// Deletes what no manifest refers to and nobody writes.
-    fn remove_garbage(&mut self, scene: &Scene, decision: &Decision) -> Result<()> {
-        let survey = Survey::of(self.repo, scene, decision)?;
+    fn remove_garbage(&mut self, decision: &Decision) -> Result<()> {
+        let survey = Survey::of(self.repo, self.cluster, decision)?;
         self.remove_packs(&survey)?;
         let gone = |id: &BackupId| !decision.kept.iter().any(|kept| kept.id == *id);
         for id in self.repo.pins(self.cluster)?.iter().filter(|id| gone(id)) {
@@ -331,8 +357,8 @@ impl Collector<'_> {
     }
 
     /// Moves what lives out of packs that are mostly dead, then deletes them.
-    fn compact(&mut self, scene: &Scene, decision: &Decision, options: &Options) -> Result<()> {
-        let survey = Survey::of(self.repo, scene, decision)?;
+    fn compact(&mut self, decision: &Decision, options: &Options) -> Result<()> {
+        let survey = Survey::of(self.repo, self.cluster, decision)?;
         let usage = Usage::read(self.repo, self.cluster, &survey)?;
         self.report.bytes_read += usage.bytes_read;
         let vacated = usage.mostly_dead(options.max_unused);
@@ -355,7 +381,7 @@ impl Collector<'_> {
         if self.report.refused.len() > refused_before {
             return Ok(());
         }
-        let survey = Survey::of(self.repo, scene, decision)?;
+        let survey = Survey::of(self.repo, self.cluster, decision)?;
         self.remove_packs(&survey)?;
         let usage = Usage::read(self.repo, self.cluster, &survey)?;
         self.report.bytes_kept = usage.bytes();

@@ -340,21 +340,34 @@ impl<'r, 'p> Run<'r, 'p> {
         let count = flattened_len(&part.layers);
         let (above, below) = part.layers.split_at(count);
         let mut packs: BTreeSet<PackName> = BTreeSet::new();
+        let mut base: Option<Layer> = None;
         for place in below {
             let layer = self.read_layer(place, Depth::Locations)?;
             self.chunks_must_be_there(place, &layer)?;
             packs.extend(layer.data_packs());
+            base = Some(match base {
+                Some(newer) => newer.over(&layer),
+                None => layer,
+            });
         }
         let mut flat: Option<Layer> = None;
         for place in above {
             let layer = self.read_layer(place, Depth::Fingerprints)?;
             self.chunks_must_be_there(place, &layer)?;
-            flat = Some(flat.map_or_else(|| layer.clone(), |newer| newer.over(&layer)));
+            flat = Some(match flat {
+                Some(newer) => newer.over(&layer),
+                None => layer,
+            });
         }
-        let Some(flat) = flat else { return Ok(()) };
-        if below.is_empty() && !flat.is_complete() {
+        let whole = match (&flat, &base) {
+            (Some(flat), Some(base)) => flat.over(base).is_complete(),
+            (Some(layer), None) | (None, Some(layer)) => layer.is_complete(),
+            (None, None) => false,
+        };
+        if !whole {
             return Err(Error::corrupt(self.source.id.to_string(), "a block map leaves blocks out"));
         }
+        let Some(flat) = flat else { return Ok(()) };
         packs.extend(flat.data_packs());
         let mut layers = vec![write_layer(&self.map, &flat)?];
         layers.extend_from_slice(below);

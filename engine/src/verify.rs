@@ -26,7 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::progress::{Phase, Progress};
 use crate::repo::{
     BackupSummary, ChunkRef, ClusterName, DataPack, Depth, FileEntry, Layer, LayerPlace, Lease, LeaseRequest, Manifest,
-    Operation, PackInfo, PackKind, PackName, Repository, check_pack, pack_fault, read_page,
+    Operation, PackInfo, PackKind, PackName, Place, Repository, check_pack, pack_fault, read_page,
 };
 
 /// Files named for each damaged object at most.
@@ -93,10 +93,16 @@ pub fn run(
     progress: &dyn Progress,
 ) -> Result<Report> {
     let begun = Instant::now();
-    let chosen = Chosen::read(repo, cluster, backup)?;
-    let uses = chosen.backups.iter().map(|backup| backup.id).collect();
-    let request = LeaseRequest { operation: Operation::Verify, runs: Vec::new(), uses };
-    let _lease = Lease::acquire(repo, cluster, &request, &|text| progress.notice(text))?;
+    let (_lease, chosen) = loop {
+        let chosen = Chosen::read(repo, cluster, backup)?;
+        let uses = chosen.backups.iter().map(|backup| backup.id).collect();
+        let request = LeaseRequest { operation: Operation::Verify, runs: Vec::new(), uses };
+        let lease = Lease::acquire(repo, cluster, &request, &|text| progress.notice(text))?;
+        // Who had to wait chose from what is there no more.
+        if !lease.waited() {
+            break (lease, chosen);
+        }
+    };
     let mut verifier = Verifier::new(repo, cluster, chosen)?;
     verifier.check_presence()?;
     verifier.read_tables()?;
@@ -277,7 +283,7 @@ impl<'r> Verifier<'r> {
     /// Reads every distinct page of the file tables and gathers the block maps.
     fn read_tables(&mut self) -> Result<()> {
         let mut known_pages = HashMap::new();
-        let mut known_stacks: HashMap<(PackName, u64), usize> = HashMap::new();
+        let mut known_stacks: HashMap<Vec<Place>, usize> = HashMap::new();
         for index in 0..self.backups.len() {
             for page_number in 0..self.backups[index].1.pages.len() {
                 let page = &self.backups[index].1.pages[page_number];
@@ -309,13 +315,13 @@ impl<'r> Verifier<'r> {
         manifest: usize,
         page: usize,
         entries: Vec<FileEntry>,
-        known: &mut HashMap<(PackName, u64), usize>,
+        known: &mut HashMap<Vec<Place>, usize>,
     ) {
         for FileEntry { path, parts, .. } in entries {
             for part in parts {
-                let Some(top) = part.layers.first() else { continue };
                 let user = User { path: path.clone(), page };
-                let stack = *known.entry((top.pack, top.offset)).or_insert_with(|| {
+                let key = part.layers.iter().map(|layer| Place { pack: layer.pack, offset: layer.offset }).collect();
+                let stack = *known.entry(key).or_insert_with(|| {
                     let (layers, data) = (part.layers.clone(), part.data.clone());
                     self.stacks.push(Stack { manifest, layers, data, users: Vec::new() });
                     self.stacks.len() - 1

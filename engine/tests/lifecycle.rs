@@ -64,7 +64,7 @@ impl Modelled {
 
     /// What the store holds is what the manifests need, the manifests, the pins, and the header.
     fn assert_no_litter(&self, context: &str) {
-        let mut needed = BTreeSet::from(["repository".to_owned()]);
+        let mut needed = BTreeSet::from(["repository", "reserve"].map(str::to_owned));
         for id in self.backups.keys() {
             let manifest = self.repo.manifest(&ClusterName::default(), *id).unwrap();
             needed.insert(manifest.object().unwrap().to_string());

@@ -70,6 +70,16 @@ impl Vacating<'_> {
     pub fn run(&self) -> Result<Vacated> {
         let Some(common) = &self.usage.common else { return Ok(Vacated::default()) };
         let run = BackupId::generate(Timestamp::now())?;
+        let mut committed = false;
+        self.run_as(run, common, &mut committed).inspect_err(|_| {
+            if !committed {
+                // Nothing names them yet; what cannot be removed is litter.
+                let _ = self.repo.discard(self.cluster, run);
+            }
+        })
+    }
+
+    fn run_as(&self, run: BackupId, common: &Manifest, committed: &mut bool) -> Result<Vacated> {
         let packer = |kind| Packer::new(Arc::clone(self.repo.store()), self.cluster.clone(), run, kind);
         let (data, map) = (packer(PackKind::Data), packer(PackKind::Map));
         let packs_of = self.packs_of_layers(common)?;
@@ -85,14 +95,40 @@ impl Vacating<'_> {
         }
         let mut own = data.finish()?;
         own.extend(map.finish()?);
+        self.prove(common, &packs_of, &rewritten)?;
         let mut bytes_written = own.iter().map(|pack| pack.len).sum();
         let mut lengths = self.survey.referenced.clone();
         lengths.extend(own.iter().map(|pack| (pack.name, pack.len)));
         for (mut manifest, needed) in manifests {
             manifest.packs = with_lengths(&needed, |pack| lengths.get(pack).copied())?;
+            *committed = true;
             bytes_written += self.repo.commit(&manifest, self.lease)?;
         }
         Ok(Vacated { bytes_read, bytes_written })
+    }
+
+    /// Reads back what was written, and sees that each stack says of each block what it said before.
+    fn prove(
+        &self,
+        common: &Manifest,
+        packs_of: &HashMap<Place, Vec<PackName>>,
+        rewritten: &HashMap<Place, Rewritten>,
+    ) -> Result<()> {
+        let affected = self.usage.stacks.par_iter().filter(|stack| self.is_affected(&stack.map));
+        affected.try_for_each(|stack| {
+            let fingerprints = |map: &PartMap| {
+                let flat = self.repo.flatten(common, map, Depth::Fingerprints)?;
+                flat.all_fingerprints().ok_or_else(|| Error::bug("a flattened layer without its fingerprints"))
+            };
+            let (before, after) =
+                (fingerprints(&stack.map)?, fingerprints(&replaced(&stack.map, packs_of, rewritten)?)?);
+            let path = String::from_utf8_lossy(&stack.path);
+            if before == after {
+                Ok(())
+            } else {
+                Err(Error::bug(format!("moving chunks has changed the block map of {path}")))
+            }
+        })
     }
 
     fn is_affected(&self, map: &PartMap) -> bool {

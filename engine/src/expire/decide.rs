@@ -79,17 +79,16 @@ pub(super) fn decide(repo: &Repository, scene: &Scene, options: &Options) -> Res
 }
 
 fn by_policy(policy: &Policy, scene: &Scene, candidates: &mut [Candidate<'_>]) {
-    let sequences: Vec<u64> = scene.catalog.sequences().collect();
     let mut moments = Vec::new();
     let mut representatives = Vec::new();
     let mut begin = 0;
-    for same in sequences.chunk_by(|a, b| a == b) {
-        let group = &candidates[begin..begin + same.len()];
+    for backups in scene.catalog.moments() {
+        let group = &candidates[begin..begin + backups.len()];
         let sound = group.iter().rposition(|candidate| candidate.fault.is_none());
-        let chosen = sound.unwrap_or(same.len() - 1);
-        moments.push(Moment { time: group[chosen].backup.start_time, counts: sound.is_some() });
+        let chosen = sound.unwrap_or(backups.len() - 1);
+        moments.push(Moment { time: backups[chosen].start_time, counts: sound.is_some() });
         representatives.push(begin + chosen);
-        begin += same.len();
+        begin += backups.len();
     }
     for (index, reasons) in representatives.into_iter().zip(policy.decide(&moments)) {
         candidates[index].reasons = reasons;

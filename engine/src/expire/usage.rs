@@ -124,7 +124,8 @@ impl Usage {
                 self.add(layer.pack, len + records * TABLE_ENTRY_LEN);
             }
         }
-        if map.layers.first().is_some_and(|top| known.tops.insert(key(top))) {
+        // By all of its layers: an expiry that was interrupted may leave stacks that differ in the lower ones alone.
+        if known.stacks.insert(map.layers.iter().map(key).collect()) {
             self.stacks.push(StackUse { path: path.to_vec(), part, map });
         }
     }
@@ -212,7 +213,7 @@ impl PackUse {
 struct Tables {
     pages: HashSet<(PackName, u64)>,
     layers: HashSet<Place>,
-    tops: HashSet<Place>,
+    stacks: HashSet<Vec<Place>>,
 }
 
 /// What tells a layer from others.

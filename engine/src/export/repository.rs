@@ -130,7 +130,7 @@ pub fn to_repository(from: &Repository, to: &Repository, options: &Options, prog
     }
     let base = there.backups().last().cloned();
     let exporter = Exporter::new(from, to, &backup, base.as_ref(), options)?;
-    let sequence = sequence_there(&there, exporter.source.sequence, &backup);
+    let sequence = there.sequence_between(backup.start_time, exporter.source.sequence);
     // The lease keeps them from getting more.
     let in_use = to.packs_in_use(&options.cluster, backup.id)?;
     let done = match exporter.execute(&lease, sequence, &in_use, options, progress) {
@@ -165,12 +165,6 @@ fn must_be_the_same_cluster(there: &Catalog, backup: &BackupSummary) -> Result<(
         backup.system_identifier
     );
     Err(Error::new(ErrorKind::Conflict, what).hint("export to another repository"))
-}
-
-/// The backup's place in the order of those that are there: its own number, unless that would put it before an older one.
-fn sequence_there(there: &Catalog, sequence: u64, backup: &BackupSummary) -> u64 {
-    let newer_than_all = there.backups().iter().all(|other| other.start_time <= backup.start_time);
-    if newer_than_all { sequence.max(there.next_sequence()) } else { sequence }
 }
 
 /// A part of a file that has blocks which are missing there.

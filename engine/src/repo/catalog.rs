@@ -106,30 +106,52 @@ impl BackupSummary {
     }
 }
 
+/// Where a backup stands in the order of all: by the number it was given, then, as what comes from another repository may have the number of
+/// another, by its time; and behind what it was merged from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Moment {
+    sequence: u64,
+    start_time: Timestamp,
+    stop_lsn: Lsn,
+    synthesis: u32,
+}
+
+impl Moment {
+    fn of(manifest: &Manifest) -> Self {
+        let Manifest { sequence, start_time, stop_lsn, synthesis, .. } = *manifest;
+        Self { sequence, start_time, stop_lsn, synthesis }
+    }
+}
+
 /// The backups of one cluster.
 #[derive(Debug)]
 pub struct Catalog {
     cluster: ClusterName,
     backups: Vec<BackupSummary>,
-    /// `(sequence, synthesis)` of each.
-    moments: Vec<(u64, u32)>,
+    /// The moment of each.
+    moments: Vec<Moment>,
     damaged: Vec<(ObjectName, Error)>,
 }
 
 impl Catalog {
     pub(super) fn read(repo: &Repository, cluster: &ClusterName) -> Result<Self> {
-        let Editions { newest, strangers: mut damaged } = Editions::list(repo, cluster, &names::manifests(cluster))?;
+        let Editions { of, strangers: mut damaged } = Editions::list(repo, cluster, &names::manifests(cluster))?;
         let mut good = Vec::new();
-        for (id, edition) in newest {
-            match Manifest::read_newest(repo, cluster, id, edition) {
-                Ok((manifest, len)) => {
-                    good.push(((manifest.sequence, manifest.synthesis), BackupSummary::new(&manifest, len)));
-                }
-                // Deleted since it was listed: not a backup any more.
-                Err(e) if e.kind() == ErrorKind::Missing => {}
+        for (id, editions) in of {
+            match Manifest::read_best(repo, cluster, id, &editions) {
+                Ok((manifest, len)) => good.push((Moment::of(&manifest), BackupSummary::new(&manifest, len))),
                 // Out of reach is not damaged: nobody shall throw it away for that.
                 Err(e) if e.kind() == ErrorKind::Unavailable => return Err(e),
-                Err(e) => damaged.push((names::manifest(cluster, id, edition)?, e)),
+                Err(e) if e.kind() != ErrorKind::Missing => {
+                    let newest = editions.last().copied().unwrap_or_default();
+                    damaged.push((names::manifest(cluster, id, newest)?, e));
+                }
+                // Written anew since it was listed, or deleted: then it is not a backup any more.
+                Err(_) => match Manifest::read_newest(repo, cluster, id) {
+                    Ok((manifest, len)) => good.push((Moment::of(&manifest), BackupSummary::new(&manifest, len))),
+                    Err(e) if e.kind() == ErrorKind::Missing => {}
+                    Err(e) => return Err(e),
+                },
             }
         }
         let (pins, marks) = (repo.pins(cluster)?, repo.marks(cluster)?);
@@ -151,20 +173,40 @@ impl Catalog {
         &self.damaged
     }
 
-    /// For each backup the number of its moment: backups that were made from one another have the same.
-    pub(crate) fn sequences(&self) -> impl Iterator<Item = u64> {
-        self.moments.iter().map(|(sequence, _)| *sequence)
+    /// The backups by moments, oldest first: each is of one backup and those that were merged from it.
+    pub(crate) fn moments(&self) -> impl Iterator<Item = &[BackupSummary]> {
+        let same = |a: &Moment, b: &Moment| Moment { synthesis: 0, ..*a } == Moment { synthesis: 0, ..*b };
+        let mut rest = self.backups.as_slice();
+        self.moments.chunk_by(same).map(move |moment| {
+            let (these, after) = rest.split_at(moment.len());
+            rest = after;
+            these
+        })
     }
 
     /// The sequence number of the next backup.
     pub fn next_sequence(&self) -> u64 {
-        self.moments.last().map_or(0, |(sequence, _)| *sequence) + 1
+        self.moments.iter().map(|moment| moment.sequence).max().unwrap_or(0) + 1
+    }
+
+    /// The sequence number for a backup that began at `start_time` and comes from elsewhere, where it has the number `sequence`: it comes
+    /// behind those that began before it, and before those that began later.
+    pub(crate) fn sequence_between(&self, start_time: Timestamp, sequence: u64) -> u64 {
+        let before = self.moments.iter().filter(|moment| moment.start_time <= start_time);
+        let below = before.map(|moment| moment.sequence).max().unwrap_or(0);
+        let above =
+            self.moments.iter().filter(|moment| moment.start_time > start_time).map(|moment| moment.sequence).min();
+        match above {
+            None => sequence.max(self.next_sequence()),
+            Some(above) if below < sequence && sequence < above => sequence,
+            Some(_) => below,
+        }
     }
 
     /// The number of the next backup that is made from one with this sequence number.
     pub fn next_synthesis(&self, sequence: u64) -> u32 {
-        let of_moment = self.moments.iter().filter(|(found, _)| *found == sequence);
-        of_moment.map(|(_, synthesis)| *synthesis).max().unwrap_or(0) + 1
+        let of_moment = self.moments.iter().filter(|moment| moment.sequence == sequence);
+        of_moment.map(|moment| moment.synthesis).max().unwrap_or(0) + 1
     }
 
     /// The backup that `spec` names: an id, a unique prefix of one, `latest`, `oldest` or `latest-full`.
@@ -224,8 +266,8 @@ impl Catalog {
 
 /// What is stored among the manifests.
 pub(super) struct Editions {
-    /// The newest edition of each.
-    pub newest: BTreeMap<BackupId, u32>,
+    /// The editions of each, ascending.
+    pub of: BTreeMap<BackupId, Vec<u32>>,
     /// What has no business there.
     pub strangers: Vec<(ObjectName, Error)>,
 }
@@ -234,18 +276,16 @@ impl Editions {
     /// Lists the manifests whose names begin with `prefix`.
     pub fn list(repo: &Repository, cluster: &ClusterName, prefix: &str) -> Result<Self> {
         let directory = names::manifests(cluster);
-        let mut newest = BTreeMap::new();
+        let mut of: BTreeMap<BackupId, Vec<u32>> = BTreeMap::new();
         let mut strangers = Vec::new();
         for object in repo.store().list(prefix)? {
             match names::parse_manifest(&object.name.as_str()[directory.len()..]) {
-                Ok((id, edition)) => {
-                    let known = newest.entry(id).or_insert(edition);
-                    *known = edition.max(*known);
-                }
+                Ok((id, edition)) => of.entry(id).or_default().push(edition),
                 Err(e) => strangers.push((object.name, e)),
             }
         }
-        Ok(Self { newest, strangers })
+        of.values_mut().for_each(|editions| editions.sort_unstable());
+        Ok(Self { of, strangers })
     }
 }
 

@@ -18,11 +18,13 @@
 //! meets a stale lease removes it. A run that is held up for longer than its lease (a suspended machine, a store out of reach) may lose what it refers to: it asks
 //! before and after it commits ([`Repository::commit`](super::Repository::commit)).
 //!
+//! A lease of a host that is gone, or whose process cannot be seen from here, lasts for an hour; if nothing is at work, its file can be deleted by hand.
+//!
 //! What goes wrong: clocks of two hosts that differ by more than the lease's time less its renewal (50 minutes), which the question at the commit
 //! catches; a lease that does not read, which is an error with its name, as nobody knows what it protects; a repository that may only be read, where
 //! readers go without.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,6 +34,8 @@ use std::time::Duration;
 
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use jiff::{SignedDuration, Timestamp};
+use rustix::io::Errno;
+use rustix::process::{Pid, test_kill_process};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
@@ -48,6 +52,8 @@ const RENEWAL: Duration = Duration::from_secs(600);
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The longest wait before looking again.
 const RETRY: Duration = Duration::from_millis(500);
+/// How often the leases are listed until all that are listed can be read.
+const MAX_LOOKS: usize = 50;
 /// Bytes of a lease at most.
 const MAX_LEN: u64 = 1 << 20;
 
@@ -255,7 +261,14 @@ impl Lease {
         let deadline = uptime() + PATIENCE;
         let mut waited = false;
         loop {
-            let mut lease = Self::put(repo, cluster, request)?;
+            let mut lease = match Self::put(repo, cluster, request) {
+                // Perhaps there is no room, and this is who makes some.
+                Err(e) if request.operation == Operation::Expire && e.kind() == ErrorKind::Unavailable => {
+                    repo.give_up_reserve()?;
+                    Self::put(repo, cluster, request)?
+                }
+                put => put?,
+            };
             lease.waited = waited;
             let Some(other) = lease.in_the_way(repo, cluster, request, notice)? else { return Ok(lease) };
             if uptime() > deadline {
@@ -375,9 +388,7 @@ impl Drop for Lease {
                 // A thread that panicked renews no more, which is all that is wanted.
                 let _ = renewer.join();
             }
-            let object = state.current().object.clone();
-            // What stays is known to be stale: this process does not hold it any more.
-            let _ = state.store.delete(&object);
+            state.give_back();
         }
         held().remove(&self.id);
     }
@@ -388,6 +399,15 @@ impl State {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Removes what there is of the lease. What stays is known to be stale: its process does not hold it any more, or is gone.
+    fn give_back(&self) {
+        let renewals = self.current().renewals;
+        for number in renewals.saturating_sub(1)..=renewals {
+            let object = names::lease(&self.cluster, self.id, number);
+            let _ = object.and_then(|object| self.store.delete(&object));
+        }
+    }
+
     fn write(&self, object: &ObjectName) -> Result<()> {
         let term = SignedDuration::try_from(TERM).map_err(|e| Error::bug("a lease without an end").because(e))?;
         let expires = Timestamp::now() + term;
@@ -395,7 +415,7 @@ impl State {
         self.store.put_new(object, &mut text.as_bytes()).map(drop)
     }
 
-    /// Puts a lease that lasts longer, then removes the one before.
+    /// Puts a lease that lasts longer, then removes the one before the one before: who has listed the last one can still read it.
     fn renew(&self) -> Result<()> {
         let (before, renewals) = {
             let current = self.current();
@@ -410,7 +430,10 @@ impl State {
         let object = names::lease(&self.cluster, self.id, renewals)?;
         self.write(&object)?;
         *self.current() = Current { object, renewals, lapses_after };
-        self.store.delete(&before)
+        match renewals.checked_sub(2) {
+            Some(old) => self.store.delete(&names::lease(&self.cluster, self.id, old)?),
+            None => Ok(()),
+        }
     }
 }
 
@@ -449,11 +472,16 @@ impl Owner {
         if (&this.boot, &this.namespace) != (&self.boot, &self.namespace) || this.started == 0 {
             return None;
         }
-        Some(start_of(self.pid) == Some(self.started))
+        let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw)?;
+        if test_kill_process(pid) == Err(Errno::SRCH) {
+            return Some(false);
+        }
+        // Another user's process may be there and not be shown.
+        start_of(self.pid).map(|started| started == self.started)
     }
 }
 
-/// When a process began, in clock ticks since the boot; `None` if there is no such process.
+/// When a process began, in clock ticks since the boot, 0 if it has ended and waits for its parent; `None` if there is none to be seen.
 fn start_of(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name is in parentheses and may hold anything; starttime is the 20th field after it.
@@ -461,7 +489,7 @@ fn start_of(pid: u32) -> Option<u64> {
     let mut fields = fields.split_whitespace();
     let state = fields.next()?;
     // A zombie does nothing any more.
-    if state == "Z" { None } else { fields.nth(18)?.parse().ok() }
+    if state == "Z" { Some(0) } else { fields.nth(18)?.parse().ok() }
 }
 
 /// The leases of a cluster, stale or not, in their newest renewal.
@@ -470,21 +498,31 @@ fn start_of(pid: u32) -> Option<u64> {
 /// `Corrupt` if one does not read.
 pub(crate) fn leases(repo: &Repository, cluster: &ClusterName) -> Result<BTreeMap<BackupId, LeaseRecord>> {
     let mut found: BTreeMap<BackupId, LeaseRecord> = BTreeMap::new();
-    for object in repo.store().list(&names::leases(cluster))? {
-        let record = match repo.store().get(&object.name, MAX_LEN) {
-            Ok(bytes) => unseal::<LeaseRecord>(&bytes, object.name.as_str()),
-            Err(e) if e.kind() == ErrorKind::Missing => continue,
-            Err(e) => return Err(e),
-        };
-        let hint = "if nothing is at work in this repository, delete that file";
-        let record = record.map_err(|e| e.hint(hint))?;
-        let id = lease_id(cluster, &object.name)?;
-        let newer = found.get(&id).is_none_or(|known| known.expires < record.expires);
-        if newer {
-            found.insert(id, record);
+    let mut gone = BTreeSet::new();
+    for _ in 0..MAX_LOOKS {
+        let listed = repo.store().list(&names::leases(cluster))?;
+        let mut all_read = true;
+        for object in listed {
+            match repo.store().get(&object.name, MAX_LEN) {
+                Ok(bytes) => {
+                    let record = unseal::<LeaseRecord>(&bytes, object.name.as_str());
+                    let hint = "if nothing is at work in this repository, delete that file";
+                    let record = record.map_err(|e| e.hint(hint))?;
+                    let id = lease_id(cluster, &object.name)?;
+                    if found.get(&id).is_none_or(|known| known.expires < record.expires) {
+                        found.insert(id, record);
+                    }
+                }
+                // Given back, or renewed: another look tells.
+                Err(e) if e.kind() == ErrorKind::Missing => all_read &= !gone.insert(object.name),
+                Err(e) => return Err(e),
+            }
+        }
+        if all_read {
+            return Ok(found);
         }
     }
-    Ok(found)
+    Err(Error::new(ErrorKind::Unavailable, "leases come and go faster than they can be read").hint("run this again"))
 }
 
 fn lease_id(cluster: &ClusterName, object: &ObjectName) -> Result<BackupId> {
@@ -509,8 +547,7 @@ fn held() -> std::sync::MutexGuard<'static, HashMap<BackupId, Arc<State>>> {
 /// Gives back every lease of this process, which is about to end by a signal; what it was doing must not go on after that.
 pub fn give_up_leases() {
     for (_, state) in held().drain() {
-        // Whoever meets one that stays will find that its process is gone.
-        let _ = state.store.delete(&state.current().object);
+        state.give_back();
     }
 }
 
@@ -630,8 +667,11 @@ mod tests {
     fn a_renewed_lease_takes_the_place_of_the_one_before() {
         let (store, repo, cluster) = repository();
         let lease = put(&repo, Operation::Backup);
-        lease.held.as_ref().unwrap().state.renew().unwrap();
-        assert_eq!(store.list(&names::leases(&cluster)).unwrap().len(), 1);
+        for _ in 0..3 {
+            lease.held.as_ref().unwrap().state.renew().unwrap();
+            assert_eq!(store.list(&names::leases(&cluster)).unwrap().len(), 2);
+            assert_eq!(leases(&repo, &cluster).unwrap().len(), 1);
+        }
         lease.check().unwrap();
         remove_lease(&repo, &cluster, lease.id).unwrap();
         assert_eq!(lease.check().unwrap_err().kind(), ErrorKind::Locked);

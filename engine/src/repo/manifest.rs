@@ -148,7 +148,7 @@ pub struct Manifest {
     /// The backup.
     pub id: BackupId,
     /// One more than the largest in the catalog when the backup was committed: the order of backups. A synthetic full backup has that
-    /// of the backup that it was made from, as it is of the same moment.
+    /// of the backup that it was made from, as it is of the same moment; one that came from another repository may have that of another.
     pub sequence: u64,
     /// The order among the backups of one moment: 0 for the one that was taken, and counting for those that were made from it.
     pub synthesis: u32,
@@ -269,23 +269,38 @@ impl Manifest {
         Ok((manifest, bytes.len() as u64))
     }
 
-    /// Reads the newest edition of a manifest, of which `edition` is known; an expiry may write a newer one at any time and remove this.
-    pub(super) fn read_newest(
+    /// Reads the newest of some editions of a manifest that is not damaged: as long as an older one is there, what it names is there, too.
+    pub(super) fn read_best(
         repo: &Repository,
         cluster: &ClusterName,
         id: BackupId,
-        mut edition: u32,
+        editions: &[u32],
     ) -> Result<(Self, u64)> {
-        loop {
-            let missing = match Self::read(repo, cluster, id, edition) {
-                Err(e) if e.kind() == ErrorKind::Missing => e,
+        let mut worst = None;
+        for edition in editions.iter().rev() {
+            match Self::read(repo, cluster, id, *edition) {
+                Err(e) if e.kind() == ErrorKind::Missing => {}
+                Err(e) if e.kind() == ErrorKind::Unavailable => return Err(e),
+                Err(e) => {
+                    worst.get_or_insert(e);
+                }
                 read => return read,
-            };
-            let listed = Editions::list(repo, cluster, names::manifest(cluster, id, 0)?.as_str())?;
-            edition = match listed.newest.get(&id) {
-                Some(newer) if *newer > edition => *newer,
-                _ => return Err(missing),
-            };
+            }
+        }
+        let object = names::manifest(cluster, id, editions.last().copied().unwrap_or_default())?;
+        Err(worst.unwrap_or_else(|| Error::new(ErrorKind::Missing, "there is no such manifest").at(object.as_str())))
+    }
+
+    /// Reads a manifest; an expiry may write a newer edition at any time and remove the one that was listed.
+    pub(super) fn read_newest(repo: &Repository, cluster: &ClusterName, id: BackupId) -> Result<(Self, u64)> {
+        let prefix = names::manifest(cluster, id, 0)?;
+        let mut known = Vec::new();
+        loop {
+            let listed = Editions::list(repo, cluster, prefix.as_str())?.of.remove(&id).unwrap_or_default();
+            match Self::read_best(repo, cluster, id, &listed) {
+                Err(e) if e.kind() == ErrorKind::Missing && listed != known => known = listed,
+                read => return read,
+            }
         }
     }
 

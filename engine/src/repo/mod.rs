@@ -42,6 +42,8 @@ pub const FORMAT_VERSION: u32 = 1;
 
 /// Bytes of a metadata record at most, decompressed.
 const MAX_DECODED_LEN: u64 = 128 << 20;
+/// Bytes that are put by for a full disk.
+const RESERVE_LEN: usize = 64 << 10;
 /// The level at which metadata is compressed.
 const METADATA_LEVEL: i32 = 3;
 
@@ -108,7 +110,31 @@ impl Repository {
         let header = Header { pgstrata_repository: FORMAT_VERSION, id: id.clone(), created };
         let text = seal(&header)?;
         store.put_new(&ObjectName::new(names::REPOSITORY)?, &mut text.as_bytes())?;
-        Ok(Self { store, id, place })
+        let repository = Self { store, id, place };
+        repository.keep_reserve()?;
+        Ok(repository)
+    }
+
+    /// Puts some bytes by for an expiry that would find no room for its lease; no error if they are there.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub(crate) fn keep_reserve(&self) -> Result<()> {
+        let mut bytes = vec![0; RESERVE_LEN];
+        // Bytes that no file system makes smaller.
+        blake3::Hasher::new().update(self.id.as_bytes()).finalize_xof().fill(&mut bytes);
+        match self.store.put_new(&ObjectName::new(names::RESERVE)?, &mut bytes.as_slice()) {
+            Err(e) if e.kind() != ErrorKind::Conflict => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives up what was put by.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub(crate) fn give_up_reserve(&self) -> Result<()> {
+        self.store.delete(&ObjectName::new(names::RESERVE)?)
     }
 
     /// Opens the repository in a directory.
@@ -190,13 +216,13 @@ impl Repository {
     /// # Errors
     /// `Missing`, `Corrupt`, or `Unsupported`.
     pub fn manifest(&self, cluster: &ClusterName, id: BackupId) -> Result<Manifest> {
-        Manifest::read_newest(self, cluster, id, 0).map(|(manifest, _)| manifest)
+        Manifest::read_newest(self, cluster, id).map(|(manifest, _)| manifest)
     }
 
     /// Commits a backup: stores its manifest and returns its length.
     ///
-    /// Right before, everything that the backup refers to must be there; the lease is what keeps it there. A run that was held up for so
-    /// long that its lease lapsed looks again afterwards, and takes the manifest back if something is gone.
+    /// Right before, everything that the backup refers to must be there; the lease is what keeps it there. Right after, the lease must be there still: if
+    /// not, an expiry may have passed over the new manifest, and it is taken back if something is gone.
     ///
     /// # Errors
     /// What the store says; `Locked` if the lease is lost; `Corrupt` if a pack is gone.
@@ -206,7 +232,7 @@ impl Repository {
         lease.check()?;
         self.packs_must_be_there(manifest)?;
         let len = self.store.put_new(&object, &mut bytes.as_slice())?;
-        if lease.is_lapsed() {
+        if lease.check().is_err() {
             self.packs_must_be_there(manifest).inspect_err(|_| {
                 // Whatever this says, the error is that of the packs.
                 let _ = self.store.delete(&object);
@@ -319,7 +345,10 @@ impl Repository {
     fn put_once<T: Serialize>(&self, object: &ObjectName, content: &T) -> Result<()> {
         match self.store.put_new(object, &mut seal(content)?.as_bytes()) {
             // Perhaps by somebody who was killed before it was durable.
-            Err(e) if e.kind() == ErrorKind::Conflict => self.store.settle(object.as_str()),
+            Err(e) if e.kind() == ErrorKind::Conflict => {
+                let (directory, _) = object.as_str().rsplit_once('/').unwrap_or_default();
+                self.store.settle(&format!("{directory}/"))
+            }
             put => put.map(drop),
         }
     }
@@ -347,6 +376,12 @@ impl Repository {
         if pinned { self.put_once(&object, &Pin { pinned: Timestamp::now() }) } else { self.store.delete(&object) }
     }
 
+    /// The backup that an object among the manifests is of; `None` if it is something else.
+    pub(crate) fn backup_of(&self, cluster: &ClusterName, object: &ObjectName) -> Option<BackupId> {
+        let name = object.as_str().strip_prefix(&names::manifests(cluster))?;
+        names::parse_manifest(name).ok().map(|(id, _)| id)
+    }
+
     /// The stored editions of a manifest with their lengths, the newest last.
     ///
     /// # Errors
@@ -362,6 +397,23 @@ impl Repository {
             objects.into_iter().filter_map(|o| Some((edition(&o.name)?, o.name, o.len))).collect();
         editions.sort_unstable();
         Ok(editions.into_iter().map(|(_, object, len)| (object, len)).collect())
+    }
+
+    /// Every pack that some edition of a backup's manifest names, with its length; editions that cannot be read are passed over.
+    ///
+    /// # Errors
+    /// When the store is out of reach.
+    pub(crate) fn packs_of_all_editions(&self, cluster: &ClusterName, id: BackupId) -> Result<Vec<PackInfo>> {
+        let listed = catalog::Editions::list(self, cluster, names::manifest(cluster, id, 0)?.as_str())?;
+        let mut packs = Vec::new();
+        for edition in listed.of.get(&id).into_iter().flatten() {
+            match Manifest::read(self, cluster, id, *edition) {
+                Ok((manifest, _)) => packs.extend(manifest.packs),
+                Err(e) if e.kind() == ErrorKind::Unavailable => return Err(e),
+                Err(_) => {}
+            }
+        }
+        Ok(packs)
     }
 
     /// Removes what interrupted writes of a cluster's objects left, which no listing shows; how many bytes that were.

@@ -13,6 +13,9 @@ use crate::store::ObjectName;
 /// The name of the object that makes a store a repository.
 pub(crate) const REPOSITORY: &str = "repository";
 
+/// The name of the object that is given up where there is no room for anything else.
+pub(crate) const RESERVE: &str = "reserve";
+
 /// The name of a backup, and of the run that writes it: `20261122T160312Z-1a2b3c4d`.
 ///
 /// The first part is the second of its start in UTC, for people; the second is random, so that two runs in one second, or a clock

@@ -7,7 +7,7 @@
 //!
 //! Resuming: an interrupted run whose work is repeated record by record ([`Packer::resuming`]) finds the packs that it did finish under their
 //! names. Their bytes are not stored again. Only the table of such a pack is put together, and compared with the stored one when the pack
-//! is closed: it has a checksum of every record, so equal tables are equal packs. A backup that was here before and was expired may have left packs of that name
+//! is closed: it has a checksum of every record, so equal tables are equal packs, if the records are what their checksums say, which is looked at, too. A backup that was here before and was expired may have left packs of that name
 //! that others refer to: the packer is told which, and passes over their numbers.
 //!
 //! What goes wrong: a store that fails, noticed by its thread and reported to whoever appends next or finishes; a run that stops
@@ -309,16 +309,16 @@ impl State {
     fn close_pack(&mut self) -> Result<()> {
         let Some(pack) = self.open.take() else { return Ok(()) };
         let end = trailer(&pack.object, pack.name.kind, &pack.table, pack.offset, pack.count);
+        if let Sink::There { store, len } = &pack.sink {
+            check_resumed(&**store, &pack, *len, &end)?;
+        }
         let (closing, told) = match pack.sink {
             Sink::Thread { buffer, sender, thread } => {
                 let rest = [buffer, end].concat();
                 let told = sender.send(Message::Bytes(rest)).and_then(|()| sender.send(Message::End));
                 (Closing::Stored { name: pack.name, thread }, told.is_ok())
             }
-            Sink::There { store, len } => {
-                check_resumed(&*store, &pack.object, len, pack.offset, &end)?;
-                (Closing::There(PackInfo { name: pack.name, len }), true)
-            }
+            Sink::There { len, .. } => (Closing::There(PackInfo { name: pack.name, len }), true),
         };
         self.closing.push_back(closing);
         if told { self.wait_until_closing(PACKS_IN_FLIGHT - 1) } else { Err(self.why_the_writer_stopped()) }
@@ -378,13 +378,20 @@ fn join(thread: JoinHandle<Result<u64>>) -> Result<u64> {
     thread.join().map_err(|_| Error::bug("the thread that writes a pack panicked"))?
 }
 
-/// Compares the end of a pack that is in the store with the one that it should have.
-fn check_resumed(store: &dyn Store, object: &ObjectName, len: u64, table_offset: u64, end: &[u8]) -> Result<()> {
+/// Compares the end of a pack that is in the store with the one that it should have, and then its records with their checksums.
+fn check_resumed(store: &dyn Store, pack: &OpenPack, len: u64, end: &[u8]) -> Result<()> {
+    let object = &pack.object;
     let mut found = vec![0; end.len()];
-    let same = len == table_offset + end.len() as u64 && {
-        store.get_range(object, table_offset, &mut found)?;
+    let mut same = len == pack.offset + end.len() as u64 && {
+        store.get_range(object, pack.offset, &mut found)?;
         found == end
     };
+    if same {
+        check_pack(store, object, pack.name.kind, len, |record| {
+            same &= record.sound;
+            Ok(())
+        })?;
+    }
     if same {
         return Ok(());
     }

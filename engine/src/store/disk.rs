@@ -25,7 +25,7 @@ pub(super) struct Owner {
 pub(super) enum Kind {
     File,
     Directory,
-    /// A link, a socket: nothing of ours.
+    /// A socket, a device: nothing of ours.
     Other,
 }
 
@@ -40,7 +40,7 @@ pub(super) trait Disk: Send + Sync + fmt::Debug {
     /// Whether there is anything at `path`.
     fn exists(&self, path: &Path) -> bool;
 
-    /// The entries of a directory, in any order.
+    /// The entries of a directory, in any order; a link is what it leads to.
     fn entries(&self, directory: &Path) -> io::Result<Vec<(OsString, Kind)>>;
 
     /// The length of the file at `path`.
@@ -117,7 +117,8 @@ impl Disk for HostDisk {
         let mut entries = Vec::new();
         for entry in fs::read_dir(directory)? {
             let entry = entry?;
-            let kind = match entry.file_type() {
+            // Links are followed, as opening a file does: what can be read must be listed.
+            let kind = match fs::metadata(entry.path()).map(|metadata| metadata.file_type()) {
                 Ok(kind) if kind.is_file() => Kind::File,
                 Ok(kind) if kind.is_dir() => Kind::Directory,
                 Ok(_) => Kind::Other,
@@ -130,7 +131,7 @@ impl Disk for HostDisk {
     }
 
     fn len(&self, path: &Path) -> io::Result<u64> {
-        fs::symlink_metadata(path).map(|metadata| metadata.len())
+        fs::metadata(path).map(|metadata| metadata.len())
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {

@@ -99,6 +99,22 @@ impl LocalStore {
         Ok(file)
     }
 
+    /// Fills `buffer` with the bytes of an open object from `offset`.
+    fn fill(&self, name: &ObjectName, file: &dyn DiskFile, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        match file.read_exact_at(buffer, offset) {
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == Io::UnexpectedEof => {
+                let len = file.len().unwrap_or_default();
+                Err(too_short(name, len, offset, buffer.len()))
+            }
+            // The disk says that these bytes are lost.
+            Err(e) if e.raw_os_error() == Some(Errno::IO.raw_os_error()) => {
+                Err(Error::corrupt(name.as_str(), "the object cannot be read from the disk").because(e))
+            }
+            Err(e) => Err(Error::io("read", &self.path(name), e)),
+        }
+    }
+
     /// A temporary file in a directory, which is made if need be; a sweep may remove it again while it is empty.
     fn temporary_in(&self, directory: &Path) -> Result<Temporary> {
         let create = || Temporary::create(Arc::clone(&self.disk), directory, self.owner);
@@ -182,7 +198,8 @@ impl LocalStore {
         let file = match self.disk.claim(path) {
             Ok(Some(file)) => file,
             Ok(None) => return Ok(0),
-            Err(e) if e.kind() == Io::NotFound => return Ok(0),
+            // Gone, or somebody else's, which is his.
+            Err(e) if matches!(e.kind(), Io::NotFound | Io::PermissionDenied) => return Ok(0),
             Err(e) => return Err(Error::io("open", path, e)),
         };
         let len = file.len().map_err(|e| Error::io("look at", path, e))?;
@@ -209,30 +226,19 @@ impl Store for LocalStore {
     }
 
     fn get(&self, name: &ObjectName, max_len: u64) -> Result<Vec<u8>> {
-        let file = self.reader(name)?;
         let path = self.path(name);
+        // Opened anew: an object that another process has deleted is not there any more.
+        let file = self.disk.open(&path).map_err(|e| Error::io("open", &path, e))?;
         let len = file.len().map_err(|e| Error::io("look at", &path, e))?;
         check_len(name, len, max_len)?;
         let too_long = |_| Error::new(ErrorKind::Unsupported, "the object does not fit into memory").at(name.as_str());
         let mut bytes = vec![0; usize::try_from(len).map_err(too_long)?];
-        self.get_range(name, 0, &mut bytes)?;
+        self.fill(name, &*file, 0, &mut bytes)?;
         Ok(bytes)
     }
 
     fn get_range(&self, name: &ObjectName, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        let file = self.reader(name)?;
-        match file.read_exact_at(buffer, offset) {
-            Ok(()) => Ok(()),
-            Err(e) if e.kind() == Io::UnexpectedEof => {
-                let len = file.len().unwrap_or_default();
-                Err(too_short(name, len, offset, buffer.len()))
-            }
-            // The disk says that these bytes are lost.
-            Err(e) if e.raw_os_error() == Some(Errno::IO.raw_os_error()) => {
-                Err(Error::corrupt(name.as_str(), "the object cannot be read from the disk").because(e))
-            }
-            Err(e) => Err(Error::io("read", &self.path(name), e)),
-        }
+        self.fill(name, &*self.reader(name)?, offset, buffer)
     }
 
     fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>> {

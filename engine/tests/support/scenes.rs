@@ -385,7 +385,7 @@ fn expire_by(repo: &Repository, selection: Selection, max_unused: Option<u8>) ->
 /// What is there is what the manifests need, the manifests, the pins, and the header.
 pub fn assert_no_litter(repo: &Repository, names: &BTreeSet<String>, context: &str) {
     let cluster = ClusterName::default();
-    let mut needed = BTreeSet::from(["repository".to_owned()]);
+    let mut needed = BTreeSet::from(["repository", "reserve"].map(str::to_owned));
     for backup in repo.catalog(&cluster).unwrap().backups() {
         let manifest = repo.manifest(&cluster, backup.id).unwrap();
         needed.insert(manifest.object().unwrap().to_string());
