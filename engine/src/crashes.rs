@@ -4,6 +4,8 @@
 //! (`tests/support/scenes.rs`). A call that fails at the end of its work is the same stop as before the next one, so each call is stopped before it is made, and
 //! each write in its middle.
 
+#[path = "../tests/support/proved.rs"]
+mod proved;
 #[path = "../tests/support/scenes.rs"]
 mod scenes;
 #[path = "../tests/support/mod.rs"]

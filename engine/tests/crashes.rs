@@ -3,6 +3,8 @@
 //! What an object store promises holds (an object is there, whole, or not at all); what stops is the process that uses it, or one of its stores. What a
 //! local disk keeps is another question, and is asked below the local store.
 
+#[path = "support/proved.rs"]
+mod proved;
 #[path = "support/scenes.rs"]
 mod scenes;
 mod support;
