@@ -297,6 +297,31 @@ impl<M: Machine> Scene<M> {
     }
 }
 
+impl<M: Machine> Scene<M> {
+    /// Stops work, then an expiry of what that left: whatever is listed in the end must restore, and something must be.
+    fn stop_twice(
+        &self,
+        machine: &M,
+        operation: u64,
+        how: M::Stop,
+        choices: &mut Choices,
+        proved: &mut Proved,
+        context: &str,
+    ) {
+        let machine = machine.copy();
+        let repositories = self.repositories(&machine);
+        machine.stop_at(operation, how);
+        // Whether it got to its end or not.
+        let _ = self.work(Work::Expire, &repositories);
+        drop(repositories);
+        let machine = machine.come_back(choices);
+        let expected = Expected { there: Backups::new(), maybe: self.home.clone(), fresh: Some(Arc::clone(&self.now)) };
+        let repositories = self.repositories(&machine);
+        let found = expected.look(&repositories.home, proved, context);
+        assert!(!listed(&repositories.home, context).is_empty(), "{context}: {} are gone", found.maybe.len());
+    }
+}
+
 /// What is known of the repositories of a machine that came back.
 struct Known {
     home: Expected,
@@ -363,6 +388,28 @@ pub fn stop_everywhere<M: Machine>(scene: &Scene<M>, works: &[Work], ways: &[M::
             let machine = machine.come_back(&mut choices);
             scene.check(machine, work, &mut choices, &mut proved, &context);
             crashes += 1;
+        }
+    }
+    crashes
+}
+
+/// Stops work at each of its operations in the first way, and an expiry after that at some of its own in the second way; how often that was.
+#[cfg(test)]
+pub fn stop_twice<M: Machine>(scene: &Scene<M>, works: &[Work], [first, second]: [M::Stop; 2], samples: u32) -> u64 {
+    let mut crashes = 0;
+    let mut proved = Proved::new(&scene.scratch.path().join("restored"));
+    let calls = u32::try_from(scene.count(Work::Expire, second)).unwrap();
+    for work in works {
+        for operation in 0..scene.count(*work, first) {
+            let mut choices = Choices(operation);
+            let machine = scene.stop(*work, operation, first).come_back(&mut choices);
+            for _ in 0..samples {
+                let then = u64::from(choices.below(calls));
+                let context =
+                    format!("{work:?} stopped at {operation}, {first:?}, then an expiry at {then}, {second:?}");
+                scene.stop_twice(&machine, then, second, &mut choices, &mut proved, &context);
+                crashes += 1;
+            }
         }
     }
     crashes
