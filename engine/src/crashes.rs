@@ -4,6 +4,8 @@
 //! (`tests/support/scenes.rs`). A call that fails at the end of its work is the same stop as before the next one, so each call is stopped before it is made, and
 //! each write in its middle.
 
+#[path = "../tests/support/proved.rs"]
+mod proved;
 #[path = "../tests/support/scenes.rs"]
 mod scenes;
 #[path = "../tests/support/mod.rs"]
@@ -12,7 +14,7 @@ mod support;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
-use self::scenes::{Machine, Scene, Work, stop_everywhere};
+use self::scenes::{Machine, Scene, Work, stop_everywhere, stop_twice};
 use self::support::Choices;
 use crate::store::Store;
 use crate::store::model_disk::{At, End, ModelDisk};
@@ -83,7 +85,9 @@ impl Machine for Disks {
 
     fn come_back(self, choices: &mut Choices) -> Self {
         let end = self.planned().filter(|_| self.stopped()).map_or(End::PowerLoss, |(_, end)| end);
-        Self::on(self.disk.after(end, &mut || choices.below(2) == 0))
+        // Of all that may be lost nothing is, all is, or some.
+        let lost = [0, 2, 4][choices.below(3) as usize];
+        Self::on(self.disk.after(end, &mut || choices.below(4) >= lost))
     }
 
     fn names(&self) -> [BTreeSet<String>; 2] {
@@ -132,4 +136,11 @@ fn pins_on_a_disk_that_stops_anywhere_leave_every_backup_whole() {
 fn a_disk_that_names_files_by_links_forgets_no_more() {
     let scene = Scene::with_history(Disks::on(ModelDisk::with(&SIDES).without_renames()));
     assert!(stop_everywhere(&scene, &[Work::Backup], &WAYS) >= 50);
+}
+
+#[test]
+fn an_expiry_that_loses_power_after_a_run_was_killed_leaves_every_backup_whole() {
+    let scene = Scene::with_history(Disks::new());
+    let ways = [(Point::Call, End::Killed), (Point::Call, End::PowerLoss)];
+    assert!(stop_twice(&scene, &[Work::Expire, Work::Backup], ways, 12) > 500);
 }

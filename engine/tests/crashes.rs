@@ -3,6 +3,8 @@
 //! What an object store promises holds (an object is there, whole, or not at all); what stops is the process that uses it, or one of its stores. What a
 //! local disk keeps is another question, and is asked below the local store.
 
+#[path = "support/proved.rs"]
+mod proved;
 #[path = "support/scenes.rs"]
 mod scenes;
 mod support;
@@ -13,7 +15,7 @@ use std::sync::{Arc, Mutex};
 
 use pgstrata_engine::error::{Error, ErrorKind, Result};
 use pgstrata_engine::store::{MemoryStore, ObjectInfo, ObjectName, Store};
-use scenes::{Machine, Scene, Work, stop_everywhere};
+use scenes::{Machine, Scene, Work, stop_everywhere, stop_twice};
 use support::Choices;
 
 /// When it stops: before the operation, after it, or in the middle of an object.
@@ -191,4 +193,11 @@ fn an_export_survives_the_loss_of_either_store() {
         let ways = [When::Before, When::After, When::Within].map(|when| (when, which));
         assert!(stop_everywhere(&scene, &[Work::Export], &ways) > 3);
     }
+}
+
+#[test]
+fn an_expiry_that_is_stopped_after_a_run_was_leaves_every_backup_whole() {
+    let scene = Scene::with_history(Stores::default());
+    let ways = [(When::After, Which::Both), (When::Before, Which::Both)];
+    assert!(stop_twice(&scene, &[Work::Expire, Work::Backup], ways, 6) > 50);
 }

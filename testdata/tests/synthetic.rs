@@ -46,6 +46,7 @@ fn changed_cluster(dir: &Path, options: Options) -> SyntheticCluster {
     cluster.drop_and_recreate(relations[4], 310).unwrap();
     cluster.drop_relation(relations[0]).unwrap();
     cluster.checkpoint().unwrap();
+    cluster.promote().unwrap();
     cluster
 }
 
@@ -71,6 +72,7 @@ fn postgresqls_own_tools_accept_a_synthetic_cluster() {
                 "shut down",
                 "wal_level setting:                    replica",
                 "Bytes per WAL segment:                16777216",
+                "Latest checkpoint's TimeLineID:       2",
             ] {
                 assert!(printed.contains(line), "no {line:?} in\n{printed}");
             }
@@ -80,9 +82,11 @@ fn postgresqls_own_tools_accept_a_synthetic_cluster() {
             succeed(checksums.arg("--check").arg("-D").arg(&dir)).unwrap();
         }
         if let Some(mut waldump) = tool("pg_waldump") {
-            let output = waldump.arg(dir.join("pg_wal/000000010000000000000003")).output().unwrap();
+            let output = waldump.arg(dir.join("pg_wal/000000020000000000000004")).output().unwrap();
             let printed = String::from_utf8_lossy(&output.stdout);
-            assert!(printed.contains("CHECKPOINT_SHUTDOWN redo 0/3000028"), "{printed}");
+            assert!(printed.contains("CHECKPOINT_SHUTDOWN redo 0/4000028; tli 2"), "{printed}");
+            let history = fs::read_to_string(dir.join("pg_wal/00000002.history")).unwrap();
+            assert_eq!(history, "1\t0/4000000\tno recovery target specified\n");
         }
     }
 }

@@ -20,7 +20,8 @@ use pgstrata_engine::store::Store;
 use pgstrata_engine::{export, merge, pin};
 use testdata::synthetic::{Options, SyntheticCluster};
 
-use super::support::{Choices, Files, change, files, restored, without_wal};
+use super::proved::{Proved, assert_no_litter, listed, scratch};
+use super::support::{Choices, Files, change, files, without_wal};
 
 /// The backups of a repository and what they restore to.
 pub type Backups = BTreeMap<BackupId, Arc<Files>>;
@@ -296,6 +297,31 @@ impl<M: Machine> Scene<M> {
     }
 }
 
+impl<M: Machine> Scene<M> {
+    /// Stops work, then an expiry of what that left: whatever is listed in the end must restore, and something must be.
+    fn stop_twice(
+        &self,
+        machine: &M,
+        operation: u64,
+        how: M::Stop,
+        choices: &mut Choices,
+        proved: &mut Proved,
+        context: &str,
+    ) {
+        let machine = machine.copy();
+        let repositories = self.repositories(&machine);
+        machine.stop_at(operation, how);
+        // Whether it got to its end or not.
+        let _ = self.work(Work::Expire, &repositories);
+        drop(repositories);
+        let machine = machine.come_back(choices);
+        let expected = Expected { there: Backups::new(), maybe: self.home.clone(), fresh: Some(Arc::clone(&self.now)) };
+        let repositories = self.repositories(&machine);
+        let found = expected.look(&repositories.home, proved, context);
+        assert!(!listed(&repositories.home, context).is_empty(), "{context}: {} are gone", found.maybe.len());
+    }
+}
+
 /// What is known of the repositories of a machine that came back.
 struct Known {
     home: Expected,
@@ -330,41 +356,8 @@ impl Expected {
     }
 }
 
-/// Backups that were restored. What a restore writes follows from the manifest and the packs that it names: one of the same bytes is restored once.
-struct Proved {
-    target: PathBuf,
-    known: BTreeSet<[u8; 32]>,
-}
-
-impl Proved {
-    fn restores_to(&mut self, repo: &Repository, id: BackupId, expected: &Files, context: &str) {
-        let manifest = repo.manifest(&ClusterName::default(), id).unwrap_or_else(|e| panic!("{context}: {e}"));
-        let mut hash = blake3::Hasher::new();
-        let packs = manifest.packs.iter().map(|pack| pack.name.object(&manifest.cluster).unwrap());
-        for object in packs.chain([manifest.object().unwrap()]) {
-            let bytes = repo.store().get(&object, u64::MAX).unwrap_or_else(|e| panic!("{context}: {e}"));
-            hash.update(&bytes).update(object.as_str().as_bytes());
-        }
-        if self.known.insert(hash.finalize().into()) {
-            let found = restored(repo, &id.to_string(), &self.target);
-            assert!(found == *expected, "{context}: {id} restores to other bytes");
-        }
-    }
-}
-
-/// A directory in memory where there is one: what is restored there is synced, many hundred times.
-fn scratch() -> tempfile::TempDir {
-    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
-}
-
 fn place(scratch: &Path, name: &str) -> String {
     scratch.join(name).display().to_string()
-}
-
-fn listed(repo: &Repository, context: &str) -> BTreeSet<BackupId> {
-    let catalog = repo.catalog(&ClusterName::default()).unwrap_or_else(|e| panic!("{context}: {e}"));
-    assert!(catalog.damaged().is_empty(), "{context}: {:?}", catalog.damaged());
-    catalog.backups().iter().map(|backup| backup.id).collect()
 }
 
 fn expire_by(repo: &Repository, selection: Selection, max_unused: Option<u8>) -> Result<expire::Report> {
@@ -382,23 +375,10 @@ fn expire_by(repo: &Repository, selection: Selection, max_unused: Option<u8>) ->
     refused.map_or(Ok(report), Err)
 }
 
-/// What is there is what the manifests need, the manifests, the pins, and the header.
-pub fn assert_no_litter(repo: &Repository, names: &BTreeSet<String>, context: &str) {
-    let cluster = ClusterName::default();
-    let mut needed = BTreeSet::from(["repository", "reserve"].map(str::to_owned));
-    for backup in repo.catalog(&cluster).unwrap().backups() {
-        let manifest = repo.manifest(&cluster, backup.id).unwrap();
-        needed.insert(manifest.object().unwrap().to_string());
-        needed.extend(manifest.packs.iter().map(|pack| pack.name.object(&cluster).unwrap().to_string()));
-    }
-    needed.extend(repo.pins(&cluster).unwrap().iter().map(|id| format!("clusters/main/pins/{id}")));
-    assert_eq!(names, &needed, "{context}");
-}
-
 /// Stops each work at each of its operations, in each way, and checks what comes back; how often that was.
 pub fn stop_everywhere<M: Machine>(scene: &Scene<M>, works: &[Work], ways: &[M::Stop]) -> u64 {
     let mut crashes = 0;
-    let mut proved = Proved { target: scene.scratch.path().join("restored"), known: BTreeSet::new() };
+    let mut proved = Proved::new(&scene.scratch.path().join("restored"));
     for (work, how) in works.iter().flat_map(|work| ways.iter().map(move |how| (*work, *how))) {
         for operation in 0..scene.count(work, how) {
             let context = format!("{work:?} stopped at operation {operation}, {how:?}");
@@ -408,6 +388,28 @@ pub fn stop_everywhere<M: Machine>(scene: &Scene<M>, works: &[Work], ways: &[M::
             let machine = machine.come_back(&mut choices);
             scene.check(machine, work, &mut choices, &mut proved, &context);
             crashes += 1;
+        }
+    }
+    crashes
+}
+
+/// Stops work at each of its operations in the first way, and an expiry after that at some of its own in the second way; how often that was.
+#[cfg(test)]
+pub fn stop_twice<M: Machine>(scene: &Scene<M>, works: &[Work], [first, second]: [M::Stop; 2], samples: u32) -> u64 {
+    let mut crashes = 0;
+    let mut proved = Proved::new(&scene.scratch.path().join("restored"));
+    let calls = u32::try_from(scene.count(Work::Expire, second)).unwrap();
+    for work in works {
+        for operation in 0..scene.count(*work, first) {
+            let mut choices = Choices(operation);
+            let machine = scene.stop(*work, operation, first).come_back(&mut choices);
+            for _ in 0..samples {
+                let then = u64::from(choices.below(calls));
+                let context =
+                    format!("{work:?} stopped at {operation}, {first:?}, then an expiry at {then}, {second:?}");
+                scene.stop_twice(&machine, then, second, &mut choices, &mut proved, &context);
+                crashes += 1;
+            }
         }
     }
     crashes

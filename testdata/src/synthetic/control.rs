@@ -45,18 +45,25 @@ impl Layout {
     }
 }
 
+/// A place in the WAL.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Position {
+    pub timeline: u32,
+    pub lsn: u64,
+}
+
 /// The position of the shutdown checkpoint in WAL segment number `segment`.
 pub(super) fn checkpoint_lsn(options: &Options, segment: u64) -> u64 {
     segment * u64::from(options.wal_segment_len) + FIRST_RECORD_AT
 }
 
 /// The checkpoint's body, which is in `pg_control` as well as in the record.
-fn checkpoint(options: &Options, lsn: u64) -> [u8; CHECKPOINT_LEN] {
+fn checkpoint(options: &Options, Position { timeline, lsn }: Position) -> [u8; CHECKPOINT_LEN] {
     let mut body = [0; CHECKPOINT_LEN];
     let mut put = |at: usize, value: &[u8]| body[at..at + value.len()].copy_from_slice(value);
     put(0, &lsn.to_le_bytes());
-    put(8, &1_u32.to_le_bytes());
-    put(12, &1_u32.to_le_bytes());
+    put(8, &timeline.to_le_bytes());
+    put(12, &timeline.to_le_bytes());
     put(16, &[1]);
     if options.major >= 17 {
         put(20, &1_u32.to_le_bytes());
@@ -71,8 +78,8 @@ fn checkpoint(options: &Options, lsn: u64) -> [u8; CHECKPOINT_LEN] {
     body
 }
 
-/// The file `global/pg_control` of a cluster stopped with a checkpoint at `lsn`.
-pub(super) fn control_file(options: &Options, layout: &Layout, lsn: u64) -> Vec<u8> {
+/// The file `global/pg_control` of a cluster stopped with a checkpoint at `at`.
+pub(super) fn control_file(options: &Options, layout: &Layout, at: Position) -> Vec<u8> {
     let mut file = vec![0; CONTROL_FILE_LEN];
     let mut put = |at: usize, value: &[u8]| file[at..at + value.len()].copy_from_slice(value);
     put(0, &options.system_identifier.to_le_bytes());
@@ -81,8 +88,8 @@ pub(super) fn control_file(options: &Options, layout: &Layout, lsn: u64) -> Vec<
     // State 1: shut down.
     put(16, &1_u32.to_le_bytes());
     put(24, &STOPPED_AT.to_le_bytes());
-    put(32, &lsn.to_le_bytes());
-    put(40, &checkpoint(options, lsn));
+    put(32, &at.lsn.to_le_bytes());
+    put(40, &checkpoint(options, at));
     put(128, &1000_u64.to_le_bytes());
     // wal_level replica; then the settings that a standby must match.
     for (at, value) in [(172, 1_u32), (180, 100), (184, 8), (188, 10), (192, 0), (196, 64), (204, 8)] {
@@ -111,8 +118,9 @@ pub fn control_file_is_valid(major: u32, file: &[u8]) -> bool {
     })
 }
 
-/// The WAL segment with the shutdown checkpoint at `lsn`, its first record; zeros after it.
-pub(super) fn wal_segment(options: &Options, layout: &Layout, lsn: u64) -> Vec<u8> {
+/// The WAL segment with the shutdown checkpoint at `at`, its first record; zeros after it.
+pub(super) fn wal_segment(options: &Options, layout: &Layout, at: Position) -> Vec<u8> {
+    let Position { timeline, lsn } = at;
     let mut record = [0; 24 + 2 + CHECKPOINT_LEN];
     let total_len = u32::try_from(record.len()).unwrap_or_default();
     record[0..4].copy_from_slice(&total_len.to_le_bytes());
@@ -120,7 +128,7 @@ pub(super) fn wal_segment(options: &Options, layout: &Layout, lsn: u64) -> Vec<u
     record[8..16].copy_from_slice(&(lsn - FIRST_RECORD_AT - 8).to_le_bytes());
     record[24] = 255;
     record[25] = u8::try_from(CHECKPOINT_LEN).unwrap_or_default();
-    record[26..].copy_from_slice(&checkpoint(options, lsn));
+    record[26..].copy_from_slice(&checkpoint(options, at));
     let crc = crc32c(&[&record[24..], &record[..20]]);
     record[20..24].copy_from_slice(&crc.to_le_bytes());
 
@@ -128,7 +136,7 @@ pub(super) fn wal_segment(options: &Options, layout: &Layout, lsn: u64) -> Vec<u
     segment.extend(layout.wal_magic.to_le_bytes());
     // Info 2: a long header.
     segment.extend(2_u16.to_le_bytes());
-    segment.extend(1_u32.to_le_bytes());
+    segment.extend(timeline.to_le_bytes());
     segment.extend((lsn - FIRST_RECORD_AT).to_le_bytes());
     segment.extend(0_u64.to_le_bytes());
     segment.extend(options.system_identifier.to_le_bytes());
@@ -139,10 +147,16 @@ pub(super) fn wal_segment(options: &Options, layout: &Layout, lsn: u64) -> Vec<u
     segment
 }
 
-/// The name of WAL segment number `segment` on timeline 1.
-pub(super) fn wal_segment_name(options: &Options, segment: u64) -> String {
+/// The name of WAL segment number `segment` on `timeline`.
+pub(super) fn wal_segment_name(options: &Options, timeline: u32, segment: u64) -> String {
     let per_id = (1_u64 << 32) / u64::from(options.wal_segment_len);
-    format!("{:08X}{:08X}{:08X}", 1, segment / per_id, segment % per_id)
+    format!("{timeline:08X}{:08X}{:08X}", segment / per_id, segment % per_id)
+}
+
+/// The line of a timeline's history that says where it left `timeline`: where WAL segment number `segment` begins.
+pub(super) fn history_line(options: &Options, timeline: u32, segment: u64) -> String {
+    let lsn = segment * u64::from(options.wal_segment_len);
+    format!("{timeline}\t{:X}/{:X}\tno recovery target specified\n", lsn >> 32, lsn & 0xFFFF_FFFF)
 }
 
 /// A relation map (`pg_filenode.map`) without entries.

@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 mod control;
 pub mod page;
 
-use control::Layout;
 pub use control::control_file_is_valid;
+use control::{Layout, Position};
 use page::{PAGE_LEN, Page, PageSeed, PageWriter};
 
 use crate::random::Random;
@@ -93,6 +93,10 @@ pub struct SyntheticCluster {
     version: u64,
     /// The number of the WAL segment with the last checkpoint.
     wal_segment: u64,
+    /// The timeline that it is on.
+    timeline: u32,
+    /// The lines of its history file.
+    history: String,
 }
 
 impl SyntheticCluster {
@@ -114,6 +118,8 @@ impl SyntheticCluster {
             next_number: FIRST_RELATION,
             version: 0,
             wal_segment: 1,
+            timeline: 1,
+            history: String::new(),
         };
         cluster.lay_directories()?;
         cluster.lay_small_files()?;
@@ -186,10 +192,10 @@ impl SyntheticCluster {
 
     fn write_control(&self) -> Result<()> {
         let lsn = control::checkpoint_lsn(&self.options, self.wal_segment);
-        let wal_name = control::wal_segment_name(&self.options, self.wal_segment);
-        let wal = control::wal_segment(&self.options, &self.layout, lsn);
-        self.write_small(&format!("pg_wal/{wal_name}"), &wal)?;
-        self.write_small("global/pg_control", &control::control_file(&self.options, &self.layout, lsn))
+        let at = Position { timeline: self.timeline, lsn };
+        let wal = control::wal_segment(&self.options, &self.layout, at);
+        self.write_small(&self.wal_name(), &wal)?;
+        self.write_small("global/pg_control", &control::control_file(&self.options, &self.layout, at))
     }
 
     /// Its directory.
@@ -208,10 +214,31 @@ impl SyntheticCluster {
     ///
     /// When a file cannot be written.
     pub fn checkpoint(&mut self) -> Result<()> {
-        let old = self.dir.join("pg_wal").join(control::wal_segment_name(&self.options, self.wal_segment));
+        let old = self.dir.join(self.wal_name());
         self.wal_segment += 1;
         self.write_control()?;
         fs::remove_file(&old).map_err(|e| Error::io("remove", &old, e))
+    }
+
+    /// Moves the cluster to its next cleanly stopped state as the one that goes on after a promotion: on a new timeline, which leaves the old one where the
+    /// new checkpoint's WAL segment begins.
+    ///
+    /// # Errors
+    ///
+    /// When a file cannot be written.
+    pub fn promote(&mut self) -> Result<()> {
+        let old = self.dir.join(self.wal_name());
+        self.wal_segment += 1;
+        self.history += &control::history_line(&self.options, self.timeline, self.wal_segment);
+        self.timeline += 1;
+        self.write_small(&format!("pg_wal/{:08X}.history", self.timeline), self.history.as_bytes())?;
+        self.write_control()?;
+        fs::remove_file(&old).map_err(|e| Error::io("remove", &old, e))
+    }
+
+    /// The WAL segment with the last checkpoint.
+    fn wal_name(&self) -> String {
+        format!("pg_wal/{}", control::wal_segment_name(&self.options, self.timeline, self.wal_segment))
     }
 
     /// Makes database `number`, empty.
