@@ -38,6 +38,7 @@ use crate::repo::{
     Manifest, Operation, PackKind, PackName, Packer, PartMap, Repository, TableWriter, read_page, with_lengths,
     write_layer,
 };
+use crate::units::{count, size};
 use crate::verify;
 
 /// How many times more blocks the lowest layer of a map must hold than all above it to be left as it is.
@@ -98,12 +99,14 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let BackupSummary { id, backup_type, start_time, .. } = &self.backup;
         let Self { entries, packs, flattened, flattened_bytes, .. } = self;
-        write!(f, "a full backup of the moment of {id} ({backup_type}, {start_time}), {entries} files")?;
+        let files = count(*entries, "file");
+        write!(f, "a full backup of the moment of {id} ({backup_type}, {start_time}), {files}")?;
         if let Some(moves) = &self.moves {
             return write!(f, "\n  copied into packs of its own: {moves}");
         }
-        write!(f, "\n  {flattened} block maps of {flattened_bytes} bytes to write anew")?;
-        write!(f, "\n  no data is copied: it stays in {packs} packs, all of which are there")
+        let (maps, packs) = (count(*flattened, "block map"), count(*packs, "pack"));
+        write!(f, "\n  {maps} to write anew ({})", size(*flattened_bytes))?;
+        write!(f, "\n  no data is copied: it stays in {packs}, all of which are there")
     }
 }
 

@@ -42,6 +42,7 @@ use crate::pg::TablespaceOid;
 use crate::progress::{Phase, Progress};
 use crate::repo::{FileEntry, FileKind};
 use crate::target::{Owner, Target};
+use crate::units::{count, size};
 
 /// What an archive's parts are rounded up to.
 const BLOCK_LEN: u64 = 512;
@@ -352,9 +353,9 @@ impl<'r> Archives<'r> {
 impl fmt::Display for Archives<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let manifest = &self.chosen.manifest;
-        let (id, kind, count) = (manifest.id, manifest.backup_type, self.files.len());
-        write!(f, "{id} ({kind}) to {}: {count} files, {} bytes", self.target.root().display(), self.len())?;
-        self.archives.iter().try_for_each(|archive| write!(f, "\n  {}: {} bytes", archive.name, archive.len))
+        let (id, kind, files) = (manifest.id, manifest.backup_type, count(self.files.len() as u64, "file"));
+        write!(f, "{id} ({kind}) to {}: {files}, {}", self.target.root().display(), size(self.len()))?;
+        self.archives.iter().try_for_each(|archive| write!(f, "\n  {}: {}", archive.name, size(archive.len)))
     }
 }
 

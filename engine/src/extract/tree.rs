@@ -23,6 +23,7 @@ use crate::pg::TablespaceOid;
 use crate::progress::{Phase, Progress};
 use crate::repo::{FileEntry, FileKind, Manifest};
 use crate::target::Target;
+use crate::units::{count, size};
 
 /// What is going to be written, and where.
 pub(crate) struct Tree<'r> {
@@ -160,10 +161,10 @@ impl<'r> Tree<'r> {
 impl fmt::Display for Tree<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let bytes: u64 = self.files.iter().map(|file| file.entry.len).sum();
-        let count = self.files.len();
+        let files = count(self.files.len() as u64, "file");
         let manifest = &self.chosen.manifest;
         let (id, kind) = (manifest.id, manifest.backup_type);
-        write!(f, "{id} ({kind}) to {}: {count} files, {bytes} bytes", self.target.root().display())?;
+        write!(f, "{id} ({kind}) to {}: {files}, {}", self.target.root().display(), size(bytes))?;
         for tablespace in &manifest.tablespaces {
             let oid = TablespaceOid::new(tablespace.oid);
             if let (Some(old), Some(new)) = (&tablespace.location, self.target.tablespace(oid)) {

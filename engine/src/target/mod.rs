@@ -20,6 +20,7 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::TablespaceOid;
+use crate::units::size;
 
 /// `pg_control` until the restore is complete.
 const UNFINISHED_CONTROL: &str = "global/pg_control.unfinished";
@@ -110,11 +111,8 @@ impl Target {
             let space = rustix::fs::statvfs(place).map_err(|e| Error::io("look at", place, e.into()))?;
             let free = space.f_bavail.saturating_mul(space.f_frsize);
             if free < bytes + SPARE_BYTES {
-                let what = format!(
-                    "the file system of {} has {free} bytes free, {} are needed",
-                    place.display(),
-                    bytes + SPARE_BYTES
-                );
+                let (free, needed) = (size(free), size(bytes + SPARE_BYTES));
+                let what = format!("the file system of {} has {free} free, {needed} are needed", place.display());
                 return Err(Error::new(ErrorKind::Unavailable, what).hint("make room, or choose another disk"));
             }
         }
