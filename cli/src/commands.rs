@@ -147,9 +147,10 @@ fn list(repo: &Path, cluster: &ClusterName, out: Printer) -> Result<Exit, Failur
     let repository = open(repo)?;
     let others = other_clusters(&repository, cluster)?;
     let catalog = repository.catalog(cluster).map_err(Failure::opening)?;
+    let bytes = repository.stored_bytes(cluster).map_err(Failure::opening)?;
     out.document(&catalog.backups(), || match (catalog.backups(), catalog.damaged()) {
         ([], [_, ..]) => "no backup can be read\n".to_owned(),
-        (backups, _) => report::list(backups, report::terminal_width()),
+        (backups, _) => report::list(backups, bytes, report::terminal_width()),
     })?;
     say_what_other_clusters_there_are(&others);
     Ok(say_what_is_damaged(&catalog))

@@ -161,6 +161,16 @@ fn a_backup_that_somebody_uses_stays_and_to_name_it_is_exit_code_four() {
 }
 
 #[test]
+fn a_list_ends_with_what_is_in_the_repository_now() {
+    let lab = Lab::new();
+    lab.json("expire --keep-last 1 --max-unused 0", 0);
+    let cluster = files(&lab.path("repo/clusters/main"));
+    let bytes: usize = cluster.iter().map(|(_, bytes)| bytes.len()).sum();
+    let last = format!("1 backup, {} in the repository", engine::units::size(bytes as u64));
+    assert_eq!(lab.text("list", 0).lines().last(), Some(last.as_str()));
+}
+
+#[test]
 fn to_keep_all_removes_only_litter() {
     let lab = Lab::new();
     let run = "20261121T010502Z-0badcafe";

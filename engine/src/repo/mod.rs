@@ -283,6 +283,15 @@ impl Repository {
         Ok(objects.into_iter().map(|object| (object.name, object.len)).collect())
     }
 
+    /// Bytes of a cluster's packs and manifests that are in the store, whatever needs them.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub fn stored_bytes(&self, cluster: &ClusterName) -> Result<u64> {
+        let len = |prefix: String| Ok(self.store.list(&prefix)?.iter().map(|object| object.len).sum::<u64>());
+        Ok(len(names::packs(cluster))? + len(names::manifests(cluster))?)
+    }
+
     /// The first pack of a backup that is not there, or not of the right length, and what is wrong with it.
     ///
     /// # Errors
