@@ -6,6 +6,7 @@ use std::sync::Arc;
 use clap::CommandFactory;
 use engine::progress::Phase;
 use engine::repo::{BackupSummary, Catalog, ClusterName, Repository};
+use engine::target::incomplete;
 use engine::{Error, ErrorKind, backup, expire, export, merge, pin, restore, verify};
 
 use crate::args::Cli;
@@ -225,16 +226,18 @@ fn bring_back(
 ) -> Result<Exit, Failure> {
     let repository = open_with(repo, cluster)?;
     let bars = Arc::new(Bars::new());
-    let target = report::shell_word(&options.target.display().to_string());
-    let meaning = move |phase: Option<Phase>| match phase {
-        // The target may be somebody's data that would have been refused.
-        None => "no file was restored".to_owned(),
-        Some(_) => format!("{target} is incomplete; delete it before restoring again"),
-    };
+    let target = options.target.clone();
+    let meaning = move |phase| what_is_in(&target, phase).unwrap_or_else(|| "no file was restored".to_owned());
     let run = || restore::run(&repository, cluster, backup, options, &*bars);
     let done = interrupt::explained(&bars, meaning, run)??;
     out.document(&done, || report::restore(&done))?;
     Ok(say_what_is_corrupt(&done.backup, "the restored cluster", repo))
+}
+
+/// What a restore or an export to files that is interrupted leaves in its target; the first stage begins after the target is marked.
+fn what_is_in(target: &Path, phase: Option<Phase>) -> Option<String> {
+    let complete = phase.map(|_| format!("too late: {} is complete", target.display()));
+    incomplete(target).or(complete)
 }
 
 fn synthesize(repo: &Path, options: &merge::Options, out: Printer) -> Result<Exit, Failure> {
@@ -304,11 +307,8 @@ fn unpack(
 ) -> Result<Exit, Failure> {
     let repository = open_with(repo, cluster)?;
     let bars = Arc::new(Bars::new());
-    let target = report::shell_word(&options.target.display().to_string());
-    let meaning = move |phase: Option<Phase>| match phase {
-        None => "no file was exported".to_owned(),
-        Some(_) => format!("{target} is incomplete; delete it before exporting again"),
-    };
+    let target = options.target.clone();
+    let meaning = move |phase| what_is_in(&target, phase).unwrap_or_else(|| "no file was exported".to_owned());
     let run = || export::to_files(&repository, cluster, backup, options, &*bars);
     let done = interrupt::explained(&bars, meaning, run)??;
     out.document(&done, || report::unpack(&done))?;

@@ -106,6 +106,14 @@ impl Error {
         self
     }
 
+    /// Adds something else that the user can do, on a line of its own.
+    #[must_use]
+    pub fn hint_too(mut self, hint: impl Into<String>) -> Self {
+        let hint = hint.into();
+        self.inner.hint = Some(self.inner.hint.map_or(hint.clone(), |first| format!("{first}\n{hint}")));
+        self
+    }
+
     /// Adds the underlying error.
     #[must_use]
     pub fn because(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {

@@ -308,6 +308,10 @@ impl<'r> Archives<'r> {
     /// `Corrupt` for damage in the repository, and whatever cannot be written. Then nothing has its name.
     pub fn write(&self, jobs: Option<NonZeroUsize>, progress: &dyn Progress) -> Result<Written> {
         self.target.create()?;
+        self.write_all(jobs, progress).map_err(|error| self.target.explain(error))
+    }
+
+    fn write_all(&self, jobs: Option<NonZeroUsize>, progress: &dyn Progress) -> Result<Written> {
         let roots = self.target.open_roots()?;
         let open = OpenArchives { places: &self.places, open: self.make()? };
         progress.begin(Phase::Restoring, self.files.iter().map(|file| file.entry.len).sum());
@@ -320,8 +324,7 @@ impl<'r> Archives<'r> {
         self.target.hand_over_roots(our_own(self.chosen.directory_owner()))?;
         progress.begin(Phase::Syncing, 0);
         roots.sync()?;
-        self.target.name_finished(self.archives.iter().map(|archive| archive.name.as_str()))?;
-        self.target.name_finished([MANIFEST])?;
+        self.target.name_finished(self.archives.iter().map(|archive| archive.name.as_str()), MANIFEST)?;
         Ok(Written { bytes_read: bytes_read.into_inner(), bytes_written: self.len() })
     }
 

@@ -9,7 +9,7 @@
 //! finish    global/pg_control gets its name; sync
 //! ```
 //!
-//! An interrupted run leaves a directory without `pg_control`, which PostgreSQL refuses to start.
+//! An interrupted run leaves a directory without `pg_control`, which PostgreSQL refuses to start. The error of a run that failed says so.
 
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -104,9 +104,18 @@ impl<'r> Tree<'r> {
         progress: &dyn Progress,
         add: impl FnOnce() -> Result<()>,
     ) -> Result<Written> {
+        self.target.create()?;
+        self.write_all(jobs, progress, add).map_err(|error| self.target.explain(error))
+    }
+
+    fn write_all(
+        &self,
+        jobs: Option<NonZeroUsize>,
+        progress: &dyn Progress,
+        add: impl FnOnce() -> Result<()>,
+    ) -> Result<Written> {
         let Self { chosen, target, .. } = self;
         let bytes_written = self.files.iter().map(|file| file.entry.len).sum();
-        target.create()?;
         let roots = target.open_roots()?;
         self.directories.iter().try_for_each(|entry| target.make_directory(&entry.path))?;
         progress.begin(Phase::Restoring, bytes_written);
