@@ -84,6 +84,8 @@ pub struct Report {
     pub dry_run: bool,
     /// The backups that went.
     pub removed: Vec<BackupSummary>,
+    /// The backups that went whose manifests could not be read, by their ids.
+    pub removed_unreadable: Vec<String>,
     /// The backups that stay, oldest first.
     pub kept: Vec<Kept>,
     /// Bytes that came free: those of the objects removed less those written by moving.
@@ -129,6 +131,7 @@ pub fn plan(repo: &Repository, options: &Options) -> Result<Report> {
         bytes_kept: usage.bytes() + live_in_vacated - len_of_vacated,
         bytes_unused: usage.unused() + live_in_vacated - len_of_vacated,
         removed: decision.removed,
+        removed_unreadable: decision.damaged.iter().map(|object| decide::id_in(object).to_owned()).collect(),
         kept: decision.kept,
         seconds: begun.elapsed().as_secs_f64(),
         bytes_read: usage.bytes_read,
@@ -263,7 +266,9 @@ impl Collector<'_> {
     fn remove_manifests(&mut self, scene: &Scene, decision: &mut Decision) -> Result<()> {
         self.lease.check()?;
         for object in &decision.damaged {
-            self.delete(object, 0);
+            if self.delete(object, 0) {
+                self.report.removed_unreadable.push(decide::id_in(object).to_owned());
+            }
         }
         let removed = std::mem::take(&mut decision.removed);
         for backup in removed {

@@ -36,11 +36,11 @@ use jiff::Timestamp;
 use tar::{Builder, EntryType, Header};
 
 use super::files::archived_marks;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::extract::{Choice, Chosen, Listed, Opened, Sink, TargetFile, Writer, Written, must_be_usable};
 use crate::pg::TablespaceOid;
 use crate::progress::{Phase, Progress};
-use crate::repo::{FileEntry, FileKind};
+use crate::repo::{FileEntry, FileKind, TAKE_ANOTHER};
 use crate::target::{Owner, Target};
 use crate::units::{count, size};
 
@@ -308,7 +308,8 @@ impl<'r> Archives<'r> {
     /// `Corrupt` for damage in the repository, and whatever cannot be written. Then nothing has its name.
     pub fn write(&self, jobs: Option<NonZeroUsize>, progress: &dyn Progress) -> Result<Written> {
         self.target.create()?;
-        self.write_all(jobs, progress).map_err(|error| self.target.explain(error))
+        self.write_all(jobs, progress)
+            .map_err(|error| self.target.explain(error.or_hint(ErrorKind::Corrupt, TAKE_ANOTHER)))
     }
 
     fn write_all(&self, jobs: Option<NonZeroUsize>, progress: &dyn Progress) -> Result<Written> {

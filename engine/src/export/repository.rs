@@ -32,8 +32,8 @@ use crate::progress::{Phase, Progress, Silent};
 use crate::repack::{MovePlan, Mover};
 use crate::repo::{
     BackupId, BackupSummary, Catalog, ClusterName, Depth, FileEntry, Layer, Lease, Manifest, Operation, PART_BLOCKS,
-    PackKind, PackName, Packer, PagePlace, PartMap, Repository, Stack, TableCursor, TableWriter, read_page,
-    with_lengths,
+    PackKind, PackName, Packer, PagePlace, PartMap, Repository, Stack, TAKE_ANOTHER, TableCursor, TableWriter,
+    read_page, with_lengths,
 };
 use crate::store::Store;
 
@@ -136,7 +136,7 @@ pub fn to_repository(from: &Repository, to: &Repository, options: &Options, prog
             progress.notice(&format!("an interrupted export of {} cannot be taken up: {e}; beginning anew", backup.id));
             exporter.execute(&lease, sequence, Packer::after_others, options, progress)?
         }
-        done => done?,
+        done => done.map_err(|e| e.or_hint(ErrorKind::Corrupt, TAKE_ANOTHER))?,
     };
     Ok(Report { to: to.place().to_owned(), seconds: begun.elapsed().as_secs_f64(), ..done })
 }

@@ -18,10 +18,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use super::{Chosen, Listed, Opened, Sink, TargetFile, Writer, must_be_usable, must_not_overlap};
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::pg::TablespaceOid;
 use crate::progress::{Phase, Progress};
-use crate::repo::{FileEntry, FileKind, Manifest};
+use crate::repo::{FileEntry, FileKind, Manifest, TAKE_ANOTHER};
 use crate::target::Target;
 use crate::units::{count, size};
 
@@ -105,7 +105,8 @@ impl<'r> Tree<'r> {
         add: impl FnOnce() -> Result<()>,
     ) -> Result<Written> {
         self.target.create()?;
-        self.write_all(jobs, progress, add).map_err(|error| self.target.explain(error))
+        self.write_all(jobs, progress, add)
+            .map_err(|error| self.target.explain(error.or_hint(ErrorKind::Corrupt, TAKE_ANOTHER)))
     }
 
     fn write_all(

@@ -40,6 +40,8 @@ use crate::store::{LocalStore, ObjectName, Store};
 /// The format that this program writes, and the newest that it reads.
 pub const FORMAT_VERSION: u32 = 1;
 
+/// What to do about a backup that damage was met in.
+pub(crate) const TAKE_ANOTHER: &str = "`pgstrata verify` tells which backups are hurt; take another one";
 /// Bytes of a metadata record at most, decompressed.
 const MAX_DECODED_LEN: u64 = 128 << 20;
 /// The level at which metadata is compressed.
