@@ -66,7 +66,7 @@ fn row(backup: &BackupSummary) -> [String; 9] {
         backup.id.to_string(),
         backup.backup_type.to_string(),
         backup.start_time.strftime("%Y-%m-%d %H:%M").to_string(),
-        duration(elapsed(backup)),
+        if backup.merged_from.is_some() { "-".to_owned() } else { duration(elapsed(backup)) },
         size(backup.cluster_bytes),
         size(backup.stored_bytes),
         backup.blocks_changed.to_string(),
@@ -107,7 +107,8 @@ fn flags(backup: &BackupSummary) -> Vec<String> {
     let corrupt = backup.corrupt_pages.len() as u64;
     let flags = [
         backup.pinned.then(|| "pinned".to_owned()),
-        backup.merged_from.map(|id| format!("merged from {id}")),
+        // Its times are those of the backup that it was made of; how long it took is not.
+        backup.merged_from.map(|id| format!("merged from {id} in {}", duration(elapsed(backup)))),
         backup.from_standby.then(|| "from a standby".to_owned()),
         backup.offline.then(|| "offline".to_owned()),
         (corrupt > 0).then(|| count(corrupt, "corrupt page").to_uppercase()),
@@ -119,13 +120,17 @@ fn flags(backup: &BackupSummary) -> Vec<String> {
 pub fn details(backup: &BackupSummary) -> String {
     let time = |time: jiff::Timestamp| time.strftime("%Y-%m-%d %H:%M:%S UTC").to_string();
     let flags = flags(backup).join(", ");
+    let stopped = match backup.merged_from {
+        Some(_) => time(backup.stop_time),
+        None => format!("{}, after {}", time(backup.stop_time), duration(elapsed(backup))),
+    };
     let facts = [
         ("backup", backup.id.to_string()),
         ("cluster", format!("{} (system identifier {})", backup.cluster, backup.system_identifier)),
         ("type", backup.backup_type.to_string()),
         ("parent", backup.parent.as_ref().map_or("none".to_owned(), ToString::to_string)),
         ("started", time(backup.start_time)),
-        ("stopped", format!("{}, after {}", time(backup.stop_time), duration(elapsed(backup)))),
+        ("stopped", stopped),
         ("PostgreSQL", backup.postgres_version.clone()),
         ("WAL", format!("{} to {}, timeline {}", backup.start_lsn, backup.stop_lsn, backup.timeline)),
         ("WAL size", format!("{} before compression", size(backup.wal_bytes))),
@@ -185,12 +190,19 @@ mod tests {
         let merged = BackupSummary {
             backup_type: BackupType::SyntheticFull,
             merged_from: Some(full().id),
+            duration_ms: 1_500,
             pinned: true,
             ..full()
         };
         let text = list(std::slice::from_ref(&merged), 0, None);
-        assert_eq!(lines(&text)[2], "    pinned; merged from 20261121T010502Z-1a2b3c4d");
-        assert!(details(&merged).contains("\nflags         pinned, merged from 20261121T010502Z-1a2b3c4d\n"));
+        assert_eq!(lines(&text)[2], "    pinned; merged from 20261121T010502Z-1a2b3c4d in 1.5 s");
+        assert!(lines(&text)[1].contains("2026-11-21 01:05     -  123 GiB"), "{text}");
+        let details = details(&merged);
+        assert!(
+            details.contains("\nflags         pinned, merged from 20261121T010502Z-1a2b3c4d in 1.5 s\n"),
+            "{details}"
+        );
+        assert!(details.contains("\nstopped       2026-11-21 01:09:09 UTC\n"), "{details}");
     }
 
     #[test]
