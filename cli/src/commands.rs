@@ -204,10 +204,9 @@ fn check(
 ) -> Result<Exit, Failure> {
     let repository = open(repo)?;
     let others = other_clusters(&repository, cluster)?;
-    let bars = Bars::new();
-    let done = verify::run(&repository, cluster, backup, options, &bars);
-    bars.finish();
-    let done = done?;
+    let bars = Arc::new(Bars::new());
+    let meaning = |_| "not everything was checked, so nothing is known; nothing was changed".to_owned();
+    let done = interrupt::explained(&bars, meaning, || verify::run(&repository, cluster, backup, options, &*bars))??;
     out.document(&done, || report::verify(&done, options.quick))?;
     say_what_other_clusters_there_are(&others);
     let damaged = !done.damage.is_empty() || done.backups.iter().any(|backup| !backup.ok);
@@ -289,7 +288,9 @@ fn open_other(to: &Path, init: bool) -> Result<Option<Repository>, Failure> {
     match Repository::open(to) {
         Ok(other) => Ok(Some(other)),
         Err(error) if error.kind() == ErrorKind::Missing && init => Ok(None),
-        Err(error) if error.kind() == ErrorKind::Missing => Err(Failure::opening(error.hint("create it with --init"))),
+        Err(error) if error.kind() == ErrorKind::Missing => {
+            Err(Failure::opening(error.hint("check the path, or create it with --init")))
+        }
         Err(error) => Err(Failure::opening(error)),
     }
 }

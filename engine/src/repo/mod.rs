@@ -108,8 +108,8 @@ impl Repository {
     /// # Errors
     /// `Missing` if there is none, `Corrupt` if its header is damaged, `Unsupported` if it is of a newer format.
     pub fn open(path: &Path) -> Result<Self> {
-        let hint =
-            "create it with `pgstrata init --repo ...`, or with the first backup: `pgstrata backup --init --repo ...`";
+        let hint = "check the path, and that its disk is mounted; a new repository is made by `pgstrata init --repo ...`, \
+                    or with the first backup: `pgstrata backup --init --repo ...`";
         let none = |what: String| Error::new(ErrorKind::Missing, what).hint(hint);
         let store = match LocalStore::open(path) {
             Ok(store) => store,
