@@ -20,7 +20,7 @@ use crate::units::parse_bytes;
 /// Backs up a running cluster, then stores only the 8 kB blocks that changed, with the WAL that makes them
 /// consistent. Every backup restores like a full one.
 #[derive(Parser)]
-#[command(name = "pgstrata", version, max_term_width = 100, disable_help_subcommand = true, after_help = MAIN_HELP)]
+#[command(name = "pgstrata", version, max_term_width = 100, after_help = MAIN_HELP)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -366,7 +366,7 @@ pub struct ExpireArgs {
 }
 
 /// Which backups stay: those that any of the rules keeps. N can be unlimited; 0 is no rule.
-#[derive(Args)]
+#[derive(Args, Default, PartialEq)]
 #[group(id = "rules", multiple = true)]
 #[command(next_help_heading = "Rules (a backup stays if any of them keeps it)")]
 pub struct KeepArgs {

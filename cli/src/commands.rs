@@ -6,6 +6,7 @@ use std::sync::Arc;
 use clap::CommandFactory;
 use engine::progress::Phase;
 use engine::repo::{BackupSummary, Catalog, ClusterName, Repository};
+use engine::target::incomplete;
 use engine::{Error, ErrorKind, backup, expire, export, merge, pin, restore, verify};
 
 use crate::args::Cli;
@@ -147,9 +148,10 @@ fn list(repo: &Path, cluster: &ClusterName, out: Printer) -> Result<Exit, Failur
     let repository = open(repo)?;
     let others = other_clusters(&repository, cluster)?;
     let catalog = repository.catalog(cluster).map_err(Failure::opening)?;
+    let bytes = repository.stored_bytes(cluster).map_err(Failure::opening)?;
     out.document(&catalog.backups(), || match (catalog.backups(), catalog.damaged()) {
         ([], [_, ..]) => "no backup can be read\n".to_owned(),
-        (backups, _) => report::list(backups, report::terminal_width()),
+        (backups, _) => report::list(backups, bytes, report::terminal_width()),
     })?;
     say_what_other_clusters_there_are(&others);
     Ok(say_what_is_damaged(&catalog))
@@ -202,10 +204,9 @@ fn check(
 ) -> Result<Exit, Failure> {
     let repository = open(repo)?;
     let others = other_clusters(&repository, cluster)?;
-    let bars = Bars::new();
-    let done = verify::run(&repository, cluster, backup, options, &bars);
-    bars.finish();
-    let done = done?;
+    let bars = Arc::new(Bars::new());
+    let meaning = |_| "not everything was checked, so nothing is known; nothing was changed".to_owned();
+    let done = interrupt::explained(&bars, meaning, || verify::run(&repository, cluster, backup, options, &*bars))??;
     out.document(&done, || report::verify(&done, options.quick))?;
     say_what_other_clusters_there_are(&others);
     let damaged = !done.damage.is_empty() || done.backups.iter().any(|backup| !backup.ok);
@@ -224,16 +225,18 @@ fn bring_back(
 ) -> Result<Exit, Failure> {
     let repository = open_with(repo, cluster)?;
     let bars = Arc::new(Bars::new());
-    let target = report::shell_word(&options.target.display().to_string());
-    let meaning = move |phase: Option<Phase>| match phase {
-        // The target may be somebody's data that would have been refused.
-        None => "no file was restored".to_owned(),
-        Some(_) => format!("{target} is incomplete; delete it before restoring again"),
-    };
+    let target = options.target.clone();
+    let meaning = move |phase| what_is_in(&target, phase).unwrap_or_else(|| "no file was restored".to_owned());
     let run = || restore::run(&repository, cluster, backup, options, &*bars);
     let done = interrupt::explained(&bars, meaning, run)??;
     out.document(&done, || report::restore(&done))?;
     Ok(say_what_is_corrupt(&done.backup, "the restored cluster", repo))
+}
+
+/// What a restore or an export to files that is interrupted leaves in its target; the first stage begins after the target is marked.
+fn what_is_in(target: &Path, phase: Option<Phase>) -> Option<String> {
+    let complete = phase.map(|_| format!("too late: {} is complete", target.display()));
+    incomplete(target).or(complete)
 }
 
 fn synthesize(repo: &Path, options: &merge::Options, out: Printer) -> Result<Exit, Failure> {
@@ -285,7 +288,9 @@ fn open_other(to: &Path, init: bool) -> Result<Option<Repository>, Failure> {
     match Repository::open(to) {
         Ok(other) => Ok(Some(other)),
         Err(error) if error.kind() == ErrorKind::Missing && init => Ok(None),
-        Err(error) if error.kind() == ErrorKind::Missing => Err(Failure::opening(error.hint("create it with --init"))),
+        Err(error) if error.kind() == ErrorKind::Missing => {
+            Err(Failure::opening(error.hint("check the path, or create it with --init")))
+        }
         Err(error) => Err(Failure::opening(error)),
     }
 }
@@ -303,11 +308,8 @@ fn unpack(
 ) -> Result<Exit, Failure> {
     let repository = open_with(repo, cluster)?;
     let bars = Arc::new(Bars::new());
-    let target = report::shell_word(&options.target.display().to_string());
-    let meaning = move |phase: Option<Phase>| match phase {
-        None => "no file was exported".to_owned(),
-        Some(_) => format!("{target} is incomplete; delete it before exporting again"),
-    };
+    let target = options.target.clone();
+    let meaning = move |phase| what_is_in(&target, phase).unwrap_or_else(|| "no file was exported".to_owned());
     let run = || export::to_files(&repository, cluster, backup, options, &*bars);
     let done = interrupt::explained(&bars, meaning, run)??;
     out.document(&done, || report::unpack(&done))?;

@@ -453,7 +453,10 @@ fn selection(
         () if keep.keep_all && !rule_is_typed => Ok(expire::Selection::Nothing),
         () if !policy.is_empty() => Ok(expire::Selection::Policy(policy)),
         () => Err(Failure::Usage {
-            text: "nothing says which backups to keep, nor which to remove".to_owned(),
+            text: match *keep == KeepArgs::default() {
+                true => "nothing says which backups to keep, nor which to remove".to_owned(),
+                false => "0 is no rule, so nothing says which backups to keep, nor which to remove".to_owned(),
+            },
             hint: Some(
                 "give a rule, as in --keep-last 7 or --keep-daily 7, or the backups to remove; \
                  --keep-all removes no backup, only data that none needs",

@@ -1,28 +1,9 @@
-//! Numbers as people read and write them.
+//! Numbers as people read and write them. Those that the engine's plans have, too, are the engine's.
 
 use std::num::NonZeroU64;
 use std::time::Duration;
 
-const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-
-/// `bytes` with three significant digits and a binary unit: `512 B`, `8.00 KiB`, `12.3 GiB`.
-pub fn size(bytes: u64) -> String {
-    if bytes < 1024 {
-        return format!("{bytes} B");
-    }
-    let mut value = bytes as f64 / 1024.0;
-    let mut unit = 0;
-    while value >= 1023.5 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    let decimals = match value {
-        v if v < 9.995 => 2,
-        v if v < 99.95 => 1,
-        _ => 0,
-    };
-    format!("{value:.decimals$} {}", UNITS[unit])
-}
+pub use engine::units::{count, size};
 
 /// `bytes` in `seconds` as a rate; nothing when no time passed.
 pub fn rate(bytes: u64, seconds: f64) -> Option<String> {
@@ -43,12 +24,6 @@ pub fn duration(duration: Duration) -> String {
 /// The same for a count of seconds that comes out of a report; a negative or absurd one counts as none.
 pub fn seconds(count: f64) -> String {
     duration(Duration::try_from_secs_f64(count).unwrap_or_default())
-}
-
-/// A count and its noun: `1 block`, `2 blocks`.
-pub fn count(number: u64, noun: &str) -> String {
-    let plural = if number == 1 { "" } else { "s" };
-    format!("{number} {noun}{plural}")
 }
 
 /// Reads a number of bytes as in `50M`, `1G`, `100k`, `4096`; suffixes are powers of 1024, as in PostgreSQL's tools.
@@ -74,24 +49,6 @@ pub fn parse_bytes(text: &str) -> Result<NonZeroU64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_have_three_digits_and_never_four_figures() {
-        let cases = [
-            (0, "0 B"),
-            (1023, "1023 B"),
-            (1024, "1.00 KiB"),
-            (10_230, "9.99 KiB"),
-            (10_239, "10.0 KiB"),
-            (102_400, "100 KiB"),
-            (1_048_575, "1.00 MiB"),
-            (1_572_864, "1.50 MiB"),
-            (u64::MAX, "16384 PiB"),
-        ];
-        for (bytes, text) in cases {
-            assert_eq!(size(bytes), text, "{bytes}");
-        }
-    }
 
     #[test]
     fn durations_have_at_most_two_units() {

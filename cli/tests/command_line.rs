@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 use serde_json::Value;
 
 /// A failing call of each command, and its exit code.
-const FAILING: [(&str, i32); 18] = [
+const FAILING: [(&str, i32); 20] = [
     ("init --repo /dev/null/repo", 1),
     ("backup --repo /nonexistent/repo -D /nonexistent", 5),
     ("list --repo /nonexistent/repo", 5),
@@ -23,6 +23,8 @@ const FAILING: [(&str, i32); 18] = [
     ("unpin latest --repo /nonexistent/repo", 5),
     ("demo --dir /nonexistent", 1),
     ("completions nosh", 2),
+    ("help nonsense", 2),
+    ("expire --repo /nonexistent/repo --keep-last 0", 2),
     ("backup --jobs many", 2),
 ];
 
@@ -73,6 +75,30 @@ fn no_command_is_left_out_of_these_tests() {
 }
 
 #[test]
+fn help_of_a_command_is_asked_for_either_way() {
+    let (one, other) = (pgstrata("help backup"), pgstrata("backup --help"));
+    assert_eq!((one.status.code(), text(&one.stdout)), (Some(0), text(&other.stdout)));
+    assert_eq!(text(&pgstrata("help").stdout), text(&pgstrata("--help").stdout));
+}
+
+#[test]
+fn whoever_forgets_or_mistypes_something_is_told_where_to_look() {
+    let cases = [
+        ("list", "hint: or set PGSTRATA_REPO in the environment"),
+        ("restore --repo /r", "hint: or set PGSTRATA_TARGET"),
+        ("list --repo /nonexistent/repo", "hint: check the path"),
+        ("expire --repo /r --keep-last 0 --keep-daily 0", "0 is no rule"),
+        ("backup --init --repo /nonexistent/repo --offline -D /nonexistent", "hint: check the path"),
+    ];
+    for (line, words) in cases {
+        let output = pgstrata(line);
+        assert!(text(&output.stderr).contains(words), "{line}: {}", text(&output.stderr));
+    }
+    let document: Value = serde_json::from_slice(&pgstrata("list --json").stdout).unwrap();
+    assert!(document["error"]["hint"].as_str().unwrap().contains("PGSTRATA_REPO"), "{document}");
+}
+
+#[test]
 fn init_then_list_on_a_new_repository() {
     let dir = tempfile::tempdir().unwrap();
     let repo = dir.path().join("repo");
@@ -80,6 +106,7 @@ fn init_then_list_on_a_new_repository() {
     let created: Value = serde_json::from_slice(&on("init").stdout).unwrap();
     assert_eq!(created["repository"], repo.display().to_string());
     assert_eq!(serde_json::from_slice::<Value>(&on("list").stdout).unwrap(), Value::Array(Vec::new()));
+    assert_eq!(on("verify").status.code(), Some(0), "nothing is not damaged");
     assert_eq!(on("init").status.code(), Some(1), "a repository is never made over another");
 }
 
@@ -126,7 +153,11 @@ fn an_export_of_a_backup_that_is_not_there_leaves_no_repository() {
     }
     let output = export("");
     assert_eq!(output.status.code(), Some(5));
-    assert!(text(&output.stderr).contains("hint: create it with --init"), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("hint: check the path, or create it with --init"),
+        "{}",
+        text(&output.stderr)
+    );
 }
 
 #[test]

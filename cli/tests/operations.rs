@@ -145,6 +145,59 @@ fn the_last_good_backup_goes_by_force_alone() {
 }
 
 #[test]
+fn an_unreadable_backup_is_named_with_its_way_out_and_when_it_goes() {
+    let lab = Lab::new();
+    let first = &lab.ids[0];
+    let manifest = lab.path("repo/clusters/main/manifests").join(first);
+    let bytes = std::fs::read(&manifest).unwrap();
+    std::fs::remove_file(&manifest).unwrap();
+    std::fs::write(&manifest, &bytes[1..]).unwrap();
+    for command in [format!("expire {first}"), "expire --keep-last 1".to_owned()] {
+        let error = lab.text(&command, 5);
+        assert!(error.contains(&format!("give that backup up: pgstrata expire {first} --force")), "{error}");
+        assert_eq!(error.matches("clusters/main/manifests").count(), 1, "{error}");
+    }
+    assert!(
+        lab.text(&format!("expire {first} --force --dry-run"), 0).starts_with(&format!("goes   {first}  unreadable"))
+    );
+    let done = lab.json(&format!("expire {first} --force"), 0);
+    assert_eq!((&done["removed_unreadable"], &done["removed"]), (&serde_json::json!([first]), &serde_json::json!([])));
+    assert_eq!(lab.listed(), lab.ids[1..]);
+}
+
+#[test]
+fn whoever_meets_damage_is_told_of_verify_and_of_what_is_left() {
+    let lab = Lab::new();
+    let pack = lab.path("repo/clusters/main/packs").join(&lab.ids[0]).join("000000.data");
+    let mut bytes = std::fs::read(&pack).unwrap();
+    bytes[1000] ^= 1;
+    std::fs::remove_file(&pack).unwrap();
+    std::fs::write(&pack, bytes).unwrap();
+    let (first, target, other) = (&lab.ids[0], lab.path("target"), lab.path("other"));
+    let (target, other) = (target.display(), other.display());
+    for command in [
+        format!("merge {first} --repack"),
+        format!("export {first} --to {other} --init"),
+        format!("restore {first} --target {target}"),
+    ] {
+        let error = lab.text(&command, 5);
+        assert!(error.contains("hint: `pgstrata verify` tells which backups are hurt"), "{command}: {error}");
+        let incomplete = format!("hint: {target} is incomplete; delete it");
+        assert_eq!(error.contains(&incomplete), command.starts_with("restore"), "{command}: {error}");
+    }
+    let again = lab.text(&format!("restore {first} --target {target}"), 1);
+    assert!(again.contains("did not end") && again.contains(&format!("{target} is incomplete; delete it")), "{again}");
+}
+
+#[test]
+fn an_empty_note_is_none() {
+    let lab = Lab::new();
+    assert_eq!(lab.json("merge --note=", 0)["note"], Value::Null);
+    let dry = lab.json("expire --keep-all --dry-run", 0);
+    assert_eq!(dry["kept"][0]["reasons"], serde_json::json!(["--keep-all"]));
+}
+
+#[test]
 fn a_backup_that_somebody_uses_stays_and_to_name_it_is_exit_code_four() {
     let lab = Lab::new();
     let (first, newest) = (&lab.ids[0], &lab.ids[2]);
@@ -158,6 +211,16 @@ fn a_backup_that_somebody_uses_stays_and_to_name_it_is_exit_code_four() {
     drop(lease);
     lab.json(&format!("expire {first}"), 0);
     assert_eq!(lab.listed(), lab.ids[2..]);
+}
+
+#[test]
+fn a_list_ends_with_what_is_in_the_repository_now() {
+    let lab = Lab::new();
+    lab.json("expire --keep-last 1 --max-unused 0", 0);
+    let cluster = files(&lab.path("repo/clusters/main"));
+    let bytes: usize = cluster.iter().map(|(_, bytes)| bytes.len()).sum();
+    let last = format!("1 backup, {} in the repository", engine::units::size(bytes as u64));
+    assert_eq!(lab.text("list", 0).lines().last(), Some(last.as_str()));
 }
 
 #[test]
@@ -185,7 +248,7 @@ fn a_merged_backup_restores_like_the_one_it_is_made_of_and_without_it() {
         assert_eq!((&merged["type"], &merged["merged_from"]), (&"synthetic-full".into(), &newest.clone().into()));
         assert_eq!(lab.restored(id, &format!("merged-{number}")), expected, "{options}");
     }
-    assert!(lab.text("list", 0).contains(&format!("merged from {newest}; offline; note: merged")));
+    assert!(lab.text("list", 0).contains("; offline; note: merged\n"));
     lab.json(&format!("expire {} --max-unused 0", lab.ids.join(" ")), 0);
     assert_eq!(lab.listed().len(), 2);
     assert_eq!(lab.restored("latest", "alone"), expected);
@@ -215,7 +278,7 @@ fn a_backup_is_copied_to_another_repository_once() {
     let (newest, other) = (&lab.ids[2], lab.path("other"));
     let expected = lab.restored(newest, "expected");
     let export = format!("export --to {}", other.display());
-    assert!(lab.text(&export, 5).contains("hint: create it with --init"));
+    assert!(lab.text(&export, 5).contains("hint: check the path, or create it with --init"));
     assert!(lab.text(&format!("{export} --init --dry-run"), 0).contains("would create a repository"));
     assert!(!other.exists());
     let copied = lab.json(&format!("{export} --init"), 0);

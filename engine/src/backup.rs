@@ -99,7 +99,7 @@ pub struct Options {
     pub compression: Compression,
     /// Bytes to read a second at most.
     pub max_rate: Option<NonZeroU64>,
-    /// The user's own words.
+    /// The user's own words; an empty text is no note.
     pub note: Option<String>,
 }
 
@@ -840,7 +840,7 @@ impl<'r, 'p> Run<'r, 'p> {
             detector: self.plan.detection.detector.to_string(),
             detector_reason: self.plan.detection.reason.clone(),
             corrupt_pages: found.corrupt_pages.clone(),
-            note: self.plan.options.note.clone(),
+            note: self.plan.options.note.clone().filter(|note| !note.is_empty()),
             packs: Vec::new(),
             pages: Vec::new(),
         })

@@ -5,7 +5,7 @@
 //! helps. It carries its source. Errors are returned, never logged and swallowed; the command line is the
 //! only place that prints one.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::path::Path;
 
 /// What the caller must do about an [`Error`].
@@ -106,6 +106,20 @@ impl Error {
         self
     }
 
+    /// Adds something else that the user can do, on a line of its own.
+    #[must_use]
+    pub fn hint_too(mut self, hint: impl Into<String>) -> Self {
+        let hint = hint.into();
+        self.inner.hint = Some(self.inner.hint.map_or(hint.clone(), |first| format!("{first}\n{hint}")));
+        self
+    }
+
+    /// Adds what the user can do about an error of this kind that does not say.
+    #[must_use]
+    pub fn or_hint(self, kind: ErrorKind, hint: &str) -> Self {
+        if self.kind() == kind && self.hint_text().is_none() { self.hint(hint) } else { self }
+    }
+
     /// Adds the underlying error.
     #[must_use]
     pub fn because(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
@@ -123,6 +137,21 @@ impl Error {
         &self.inner.what
     }
 
+    /// The fact and its causes, without the place: for whoever names the place besides.
+    pub fn without_place(&self) -> String {
+        let mut text = self.what().to_owned();
+        self.add_causes(&mut text);
+        text
+    }
+
+    fn add_causes(&self, text: &mut String) {
+        let mut source = std::error::Error::source(self);
+        while let Some(cause) = source {
+            let _ = write!(text, ": {cause}");
+            source = cause.source();
+        }
+    }
+
     /// Where it happened, if that is known.
     pub fn place(&self) -> Option<&str> {
         self.inner.place.as_deref()
@@ -136,21 +165,37 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.inner.what)?;
+        let mut text = self.inner.what.clone();
         if let Some(place) = &self.inner.place {
-            write!(f, " ({place})")?;
+            let _ = write!(text, " ({place})");
         }
-        let mut source = std::error::Error::source(self);
-        while let Some(cause) = source {
-            write!(f, ": {cause}")?;
-            source = cause.source();
-        }
-        Ok(())
+        self.add_causes(&mut text);
+        f.write_str(&text)
     }
 }
 
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.inner.source.as_ref().map(|source| &**source as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_can_be_told_by_whoever_names_its_place() {
+        let error = Error::corrupt("packs/12", "the pack is short").because("no more");
+        assert_eq!(error.to_string(), "the pack is short (packs/12): no more");
+        assert_eq!(error.without_place(), "the pack is short: no more");
+    }
+
+    #[test]
+    fn hints_add_up_and_none_is_lost() {
+        let error = Error::corrupt("packs/12", "the pack is short").or_hint(ErrorKind::Missing, "find it");
+        assert_eq!(error.hint_text(), None);
+        let error = error.or_hint(ErrorKind::Corrupt, "mend it").or_hint(ErrorKind::Corrupt, "leave it");
+        assert_eq!(error.hint_too("try again").hint_text(), Some("mend it\ntry again"));
     }
 }

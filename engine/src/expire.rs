@@ -85,6 +85,8 @@ pub struct Report {
     pub dry_run: bool,
     /// The backups that went.
     pub removed: Vec<BackupSummary>,
+    /// The backups that went whose manifests could not be read, by their ids.
+    pub removed_unreadable: Vec<String>,
     /// The backups that stay, oldest first.
     pub kept: Vec<Kept>,
     /// Bytes that came free: those of the objects removed less those written by moving.
@@ -130,6 +132,7 @@ pub fn plan(repo: &Repository, options: &Options) -> Result<Report> {
         bytes_kept: usage.bytes() + live_in_vacated - len_of_vacated,
         bytes_unused: usage.unused() + live_in_vacated - len_of_vacated,
         removed: decision.removed,
+        removed_unreadable: decision.damaged.iter().map(|object| decide::id_in(object).to_owned()).collect(),
         kept: decision.kept,
         seconds: begun.elapsed().as_secs_f64(),
         bytes_read: usage.bytes_read,
@@ -279,9 +282,12 @@ impl Collector<'_> {
         self.lease.check()?;
         for object in &decision.damaged {
             // All of its editions: an older one would be a backup again, whose packs go now.
-            match self.repo.backup_of(self.cluster, object) {
-                Some(id) => drop(self.remove_manifest(id)?),
-                None => drop(self.delete(object, 0)),
+            let gone = match self.repo.backup_of(self.cluster, object) {
+                Some(id) => self.remove_manifest(id)?,
+                None => self.delete(object, 0),
+            };
+            if gone {
+                self.report.removed_unreadable.push(decide::id_in(object).to_owned());
             }
         }
         let removed = std::mem::take(&mut decision.removed);

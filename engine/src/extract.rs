@@ -32,10 +32,11 @@ use crate::pg::{
 };
 use crate::repo::{BackupSummary, ClusterName, FileEntry, FileKind, Manifest, PART_BLOCKS, Repository, read_page};
 use crate::source::PostmasterPid;
-use crate::target::{Owner, UNFINISHED};
+use crate::target::{MARK, Owner};
 
 /// Files that whoever writes a backup out makes himself, or that no copy may have.
-pub(crate) const REPLACED: [&[u8]; 4] = [b"backup_label", b"tablespace_map", b"backup_manifest", b"postmaster.pid"];
+pub(crate) const REPLACED: [&[u8]; 5] =
+    [b"backup_label", b"tablespace_map", b"backup_manifest", b"postmaster.pid", MARK.as_bytes()];
 /// The main configuration file.
 pub(crate) const CONF: &[u8] = b"postgresql.conf";
 /// Bytes of a configuration file at most.
@@ -250,10 +251,6 @@ pub(crate) fn must_not_overlap(repo: &Repository, target: &Path) -> Result<()> {
 /// A directory in another cluster's would be backed up with it, and lost with it.
 fn must_not_be_in_a_cluster(target: &Path) -> Result<()> {
     let resolved = resolve(target)?;
-    if UNFINISHED.iter().any(|name| resolved.join(name).exists()) {
-        let what = format!("{} holds a restore or an export that did not end", target.display());
-        return Err(Error::invalid(what).hint("delete it and run the command again"));
-    }
     if resolved.exists() && !resolved.is_dir() {
         return Err(Error::invalid(format!("{} is not a directory", target.display())));
     }

@@ -24,6 +24,7 @@ pub mod restore;
 pub mod source;
 pub mod store;
 pub mod target;
+pub mod units;
 pub mod verify;
 
 pub use error::{Error, ErrorKind, Result};

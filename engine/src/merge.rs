@@ -35,9 +35,10 @@ use crate::progress::{Phase, Progress, Silent};
 use crate::repack::{MovePlan, Mover};
 use crate::repo::{
     BackupId, BackupSummary, BackupType, ClusterName, Depth, FileEntry, Layer, LayerPlace, Lease, LeaseRequest,
-    Manifest, Operation, PackKind, PackName, Packer, PartMap, Repository, TableWriter, read_page, with_lengths,
-    write_layer,
+    Manifest, Operation, PackKind, PackName, Packer, PartMap, Repository, TAKE_ANOTHER, TableWriter, read_page,
+    with_lengths, write_layer,
 };
+use crate::units::{count, size};
 use crate::verify;
 
 /// How many times more blocks the lowest layer of a map must hold than all above it to be left as it is.
@@ -60,7 +61,7 @@ pub struct Options {
     pub jobs: Option<NonZeroUsize>,
     /// How to compress what has to be compressed again by repacking.
     pub compression: Compression,
-    /// The user's own words; those of the merged backup if there are none.
+    /// The user's own words; those of the merged backup if there are none. An empty text is no note.
     pub note: Option<String>,
 }
 
@@ -98,12 +99,14 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let BackupSummary { id, backup_type, start_time, .. } = &self.backup;
         let Self { entries, packs, flattened, flattened_bytes, .. } = self;
-        write!(f, "a full backup of the moment of {id} ({backup_type}, {start_time}), {entries} files")?;
+        let files = count(*entries, "file");
+        write!(f, "a full backup of the moment of {id} ({backup_type}, {start_time}), {files}")?;
         if let Some(moves) = &self.moves {
             return write!(f, "\n  copied into packs of its own: {moves}");
         }
-        write!(f, "\n  {flattened} block maps of {flattened_bytes} bytes to write anew")?;
-        write!(f, "\n  no data is copied: it stays in {packs} packs, all of which are there")
+        let (maps, packs) = (count(*flattened, "block map"), count(*packs, "pack"));
+        write!(f, "\n  {maps} to write anew ({})", size(*flattened_bytes))?;
+        write!(f, "\n  no data is copied: it stays in {packs}, all of which are there")
     }
 }
 
@@ -148,10 +151,11 @@ pub fn run(repo: &Repository, options: &Options, progress: &dyn Progress) -> Res
     if options.verify {
         run.verify()?;
     }
-    run.execute(begun, source_len).inspect_err(|_| {
+    let done = run.execute(begun, source_len).inspect_err(|_| {
         // The lease is given back, but nobody else writes under this name; what cannot be removed is litter.
         let _ = repo.discard(&options.cluster, id);
-    })
+    });
+    done.map_err(|e| e.or_hint(ErrorKind::Corrupt, TAKE_ANOTHER))
 }
 
 fn must_be_whole(repo: &Repository, manifest: &Manifest) -> Result<()> {
@@ -268,7 +272,7 @@ impl<'r, 'p> Run<'r, 'p> {
             own_bytes: own.iter().map(|pack| pack.len).sum(),
             detector: "merge".to_owned(),
             detector_reason: format!("made from {}", self.source.id),
-            note: self.options.note.clone().or_else(|| self.source.note.clone()),
+            note: self.options.note.clone().or_else(|| self.source.note.clone()).filter(|note| !note.is_empty()),
             packs: with_lengths(&needed, |pack| lengths.get(pack).copied())?,
             pages,
             ..self.source

@@ -181,7 +181,7 @@ impl Chosen {
         }
         let unreadable = catalog.damaged().iter().map(|(object, error)| Damage {
             object: object.to_string(),
-            problem: error.to_string(),
+            problem: error.without_place(),
             backups: object
                 .as_str()
                 .rsplit('/')
@@ -260,7 +260,9 @@ impl<'r> Verifier<'r> {
     fn note(&self, object: &str, error: Error, backups: &[usize], files: &[&[u8]]) -> Result<()> {
         match error.kind() {
             ErrorKind::Corrupt | ErrorKind::Missing | ErrorKind::Unsupported => {
-                self.found(object, error.to_string(), backups, files);
+                let told = error.place() == Some(object);
+                let problem = if told { error.without_place() } else { error.to_string() };
+                self.found(object, problem, backups, files);
                 Ok(())
             }
             _ => Err(error),

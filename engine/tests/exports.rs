@@ -14,6 +14,7 @@ use pgstrata_engine::pg::{ControlFile, PgBackupManifest, PgFileChecksum};
 use pgstrata_engine::progress::Silent;
 use pgstrata_engine::repo::{ClusterName, Repository};
 use pgstrata_engine::store::{MemoryStore, Store};
+use pgstrata_engine::target::incomplete;
 use pgstrata_engine::{Error, ErrorKind};
 use testdata::synthetic::{Options, SyntheticCluster};
 
@@ -235,14 +236,17 @@ fn damage_leaves_nothing_that_looks_whole() {
     lab.store.tamper(&object.name, Some(bytes));
     for (format, whole) in [(FileFormat::Plain, "global/pg_control"), (FileFormat::Tar, "base.tar")] {
         let options = lab.options(format, &format.to_string());
-        assert_eq!(lab.run(&options).unwrap_err().kind(), ErrorKind::Corrupt);
+        let error = lab.run(&options).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        let left = incomplete(&options.target).unwrap();
+        assert!(error.hint_text().unwrap().ends_with(&format!("\n{left}")), "{:?}", error.hint_text());
+        assert_eq!(left.contains("plain.space"), format == FileFormat::Plain, "{left}");
         assert!(!options.target.join(whole).exists(), "{whole}");
         assert!(format == FileFormat::Plain || !options.target.join("backup_manifest").exists());
-        assert_eq!(
-            lab.run(&options).unwrap_err().kind(),
-            ErrorKind::Invalid,
-            "half an export is in the way of the next"
-        );
+        let error = lab.run(&options).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "half an export is in the way of the next");
+        assert!(error.what().ends_with("holds a restore or an export that did not end"), "{error}");
+        assert!(error.hint_text().unwrap().ends_with(&left));
     }
 }
 

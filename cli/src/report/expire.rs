@@ -14,6 +14,9 @@ pub fn expire(done: &Report) -> String {
     for backup in &done.removed {
         let _ = writeln!(text, "goes   {}  {}", backup.id, backup.backup_type);
     }
+    for id in &done.removed_unreadable {
+        let _ = writeln!(text, "goes   {id}  unreadable");
+    }
     for kept in &done.kept {
         let _ = writeln!(text, "stays  {}  {}", kept.id, kept.reasons.join(", "));
     }
@@ -32,11 +35,14 @@ pub fn expire(done: &Report) -> String {
 }
 
 fn goes(done: &Report) -> String {
-    let moved = match done.packs_repacked {
-        0 => String::new(),
-        packs => format!(" ({packs} of them partly used: what is needed is written anew)"),
+    let moved = match (done.packs_repacked, done.packs_removed) {
+        (0, _) => String::new(),
+        (1, 1) => " (what is still needed of it is written anew)".to_owned(),
+        (moved, all) if moved == all => " (what is still needed of them is written anew)".to_owned(),
+        (1, _) => " (what is still needed of one of them is written anew)".to_owned(),
+        (moved, _) => format!(" (what is still needed of {moved} of them is written anew)"),
     };
-    let backups = count(done.removed.len() as u64, "backup");
+    let backups = count((done.removed.len() + done.removed_unreadable.len()) as u64, "backup");
     format!("{backups} and {}{moved}", count(done.packs_removed, "pack"))
 }
 
@@ -67,6 +73,7 @@ mod tests {
         Report {
             dry_run: false,
             removed: vec![full()],
+            removed_unreadable: Vec::new(),
             kept: vec![Kept { id: incremental().id, reasons }],
             bytes_freed: 12 << 30,
             packs_removed: 11,
@@ -87,12 +94,20 @@ mod tests {
             [
                 "goes   20261121T010502Z-1a2b3c4d  full",
                 "stays  20261122T010500Z-5e6f7a8b  daily 2026-11-22, weekly 2026-W47",
-                "  goes   1 backup and 11 packs (3 of them partly used: what is needed is written anew)",
+                "  goes   1 backup and 11 packs (what is still needed of 3 of them is written anew)",
                 "  frees  12.0 GiB",
                 "  stays  1 backup and 32.0 GiB in packs, 1.00 GiB (3 %) of it unused",
                 "done in 2.0 s: 512 MiB read, 256 MiB written",
             ]
         );
+    }
+
+    #[test]
+    fn a_backup_that_cannot_be_read_goes_by_its_name() {
+        let removed_unreadable = vec!["20261120T010502Z-0badcafe".to_owned()];
+        let text = expire(&Report { removed_unreadable, packs_removed: 1, packs_repacked: 1, ..done() });
+        assert_eq!(lines(&text)[1], "goes   20261120T010502Z-0badcafe  unreadable");
+        assert_eq!(lines(&text)[3], "  goes   2 backups and 1 pack (what is still needed of it is written anew)");
     }
 
     #[test]

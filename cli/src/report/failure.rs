@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 
+use clap::error::{ContextKind, ContextValue};
 use engine::{Error, ErrorKind};
 use serde::Serialize;
 
@@ -75,6 +76,9 @@ pub fn print_failure(failure: &Failure, json: bool) {
         }
         Failure::Arguments(error) => {
             let _ = write!(std::io::stderr(), "{}", redact(&error.to_string()));
+            if let Some(hint) = elsewhere(error) {
+                print_line(&format!("hint: {hint}"));
+            }
         }
         Failure::Usage { text, hint } => print_error(text, *hint),
         Failure::Failed { error, .. } => print_error(&error.to_string(), error.hint_text()),
@@ -127,25 +131,25 @@ fn failure_document(failure: &Failure) -> FailureDocument {
         Failure::Arguments(error) => {
             let text = error.to_string();
             let message = text.split("\n\n").next().unwrap_or_default();
-            fields("usage", message.strip_prefix("error: ").unwrap_or(message), None, None)
+            fields("usage", message.strip_prefix("error: ").unwrap_or(message), None, elsewhere(error).as_deref())
         }
         Failure::Usage { text, hint } => fields("usage", text, None, *hint),
         Failure::Failed { error, .. } => {
-            fields(kind_name(error.kind()), &message_with_causes(error), error.place(), error.hint_text())
+            fields(kind_name(error.kind()), &error.without_place(), error.place(), error.hint_text())
         }
     };
     FailureDocument { error }
 }
 
-/// The fact and its causes, without the place, which has a field of its own.
-fn message_with_causes(error: &Error) -> String {
-    let mut text = error.what().to_owned();
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        let _ = write!(text, ": {cause}");
-        source = cause.source();
-    }
-    text
+/// Where else an option that is missing can be given.
+fn elsewhere(error: &clap::Error) -> Option<String> {
+    let Some(ContextValue::Strings(missing)) = error.get(ContextKind::InvalidArg) else { return None };
+    let options = missing.iter().filter_map(|usage| usage.strip_prefix("--")?.split(' ').next());
+    let variables: Vec<String> =
+        options.map(|option| format!("PGSTRATA_{}", option.to_uppercase().replace('-', "_"))).collect();
+    let missing = error.kind() == clap::error::ErrorKind::MissingRequiredArgument && !variables.is_empty();
+    missing
+        .then(|| format!("or set {} in the environment, or put it into a configuration file", variables.join(" and ")))
 }
 
 fn kind_name(kind: ErrorKind) -> &'static str {

@@ -11,10 +11,11 @@ use crate::units::{count, duration, size};
 /// The columns that a narrow terminal does without, the first to go first.
 const DISPENSABLE: [&str; 5] = ["detector", "parent", "took", "cluster", "changed"];
 
-/// A table with a line for each backup, and under it a line for whatever is unusual about that backup.
+/// A table with a line for each backup, and under it a line for whatever is unusual about that backup; at last how many bytes of this
+/// cluster the repository holds, which is not the sum of what each backup added: some of that may have been removed since.
 ///
 /// In a terminal of `width` columns, columns are left out until it fits; else it has all of them.
-pub fn list(backups: &[BackupSummary], width: Option<usize>) -> String {
+pub fn list(backups: &[BackupSummary], bytes_in_repository: u64, width: Option<usize>) -> String {
     if backups.is_empty() {
         return "no backups yet\n".to_owned();
     }
@@ -38,8 +39,8 @@ pub fn list(backups: &[BackupSummary], width: Option<usize>) -> String {
             let _ = writeln!(text, "    {remarks}");
         }
     }
-    let stored = backups.iter().map(|backup| backup.stored_bytes).fold(0, u64::saturating_add);
-    let _ = writeln!(text, "{}, {} stored", count(backups.len() as u64, "backup"), size(stored));
+    let _ =
+        writeln!(text, "{}, {} in the repository", count(backups.len() as u64, "backup"), size(bytes_in_repository));
     text
 }
 
@@ -65,7 +66,7 @@ fn row(backup: &BackupSummary) -> [String; 9] {
         backup.id.to_string(),
         backup.backup_type.to_string(),
         backup.start_time.strftime("%Y-%m-%d %H:%M").to_string(),
-        duration(elapsed(backup)),
+        if backup.merged_from.is_some() { "-".to_owned() } else { duration(elapsed(backup)) },
         size(backup.cluster_bytes),
         size(backup.stored_bytes),
         backup.blocks_changed.to_string(),
@@ -106,7 +107,8 @@ fn flags(backup: &BackupSummary) -> Vec<String> {
     let corrupt = backup.corrupt_pages.len() as u64;
     let flags = [
         backup.pinned.then(|| "pinned".to_owned()),
-        backup.merged_from.map(|id| format!("merged from {id}")),
+        // Its times are those of the backup that it was made of; how long it took is not.
+        backup.merged_from.map(|id| format!("merged from {id} in {}", duration(elapsed(backup)))),
         backup.from_standby.then(|| "from a standby".to_owned()),
         backup.offline.then(|| "offline".to_owned()),
         (corrupt > 0).then(|| count(corrupt, "corrupt page").to_uppercase()),
@@ -118,13 +120,17 @@ fn flags(backup: &BackupSummary) -> Vec<String> {
 pub fn details(backup: &BackupSummary) -> String {
     let time = |time: jiff::Timestamp| time.strftime("%Y-%m-%d %H:%M:%S UTC").to_string();
     let flags = flags(backup).join(", ");
+    let stopped = match backup.merged_from {
+        Some(_) => time(backup.stop_time),
+        None => format!("{}, after {}", time(backup.stop_time), duration(elapsed(backup))),
+    };
     let facts = [
         ("backup", backup.id.to_string()),
         ("cluster", format!("{} (system identifier {})", backup.cluster, backup.system_identifier)),
         ("type", backup.backup_type.to_string()),
         ("parent", backup.parent.as_ref().map_or("none".to_owned(), ToString::to_string)),
         ("started", time(backup.start_time)),
-        ("stopped", format!("{}, after {}", time(backup.stop_time), duration(elapsed(backup)))),
+        ("stopped", stopped),
         ("PostgreSQL", backup.postgres_version.clone()),
         ("WAL", format!("{} to {}, timeline {}", backup.start_lsn, backup.stop_lsn, backup.timeline)),
         ("WAL size", format!("{} before compression", size(backup.wal_bytes))),
@@ -167,16 +173,16 @@ mod tests {
     #[test]
     fn a_list_has_a_line_for_each_backup_and_one_more_for_what_is_unusual() {
         assert_eq!(
-            lines(&list(&[full(), incremental()], None)),
+            lines(&list(&[full(), incremental()], 40 << 20, None)),
             [
                 "id                         type         started (UTC)       took  cluster    stored   changed  parent    detector",
                 "20261121T010502Z-1a2b3c4d  full         2026-11-21 01:05   4m07s  123 GiB  31.0 GiB  16121856  -         scan",
                 "20261122T010500Z-5e6f7a8b  incremental  2026-11-22 01:05  21.5 s  123 GiB   212 MiB     98304  1a2b3c4d  scan",
                 r"    from a standby; 1 CORRUPT PAGE; note: before\nthe upgrade",
-                "2 backups, 31.2 GiB stored",
+                "2 backups, 40.0 MiB in the repository",
             ]
         );
-        assert_eq!(list(&[], None), "no backups yet\n");
+        assert_eq!(list(&[], 0, None), "no backups yet\n");
     }
 
     #[test]
@@ -184,12 +190,19 @@ mod tests {
         let merged = BackupSummary {
             backup_type: BackupType::SyntheticFull,
             merged_from: Some(full().id),
+            duration_ms: 1_500,
             pinned: true,
             ..full()
         };
-        let text = list(std::slice::from_ref(&merged), None);
-        assert_eq!(lines(&text)[2], "    pinned; merged from 20261121T010502Z-1a2b3c4d");
-        assert!(details(&merged).contains("\nflags         pinned, merged from 20261121T010502Z-1a2b3c4d\n"));
+        let text = list(std::slice::from_ref(&merged), 0, None);
+        assert_eq!(lines(&text)[2], "    pinned; merged from 20261121T010502Z-1a2b3c4d in 1.5 s");
+        assert!(lines(&text)[1].contains("2026-11-21 01:05     -  123 GiB"), "{text}");
+        let details = details(&merged);
+        assert!(
+            details.contains("\nflags         pinned, merged from 20261121T010502Z-1a2b3c4d in 1.5 s\n"),
+            "{details}"
+        );
+        assert!(details.contains("\nstopped       2026-11-21 01:09:09 UTC\n"), "{details}");
     }
 
     #[test]
@@ -204,13 +217,13 @@ mod tests {
             detector: "summary".to_owned(),
             ..full()
         };
-        let width = list(&[widest], None).lines().map(|line| line.chars().count()).max();
+        let width = list(&[widest], 0, None).lines().map(|line| line.chars().count()).max();
         assert!(width <= Some(120), "{width:?}");
     }
 
     #[test]
     fn a_narrow_terminal_gets_fewer_columns_and_no_line_too_long() {
-        let table = |width| list(&[full(), incremental()], Some(width));
+        let table = |width| list(&[full(), incremental()], 0, Some(width));
         let head = |width| {
             let head = table(width).lines().next().unwrap().replace(" (UTC)", "");
             head.split_whitespace().collect::<Vec<_>>().join(" ")

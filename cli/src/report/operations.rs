@@ -51,7 +51,8 @@ pub fn restore(done: &engine::restore::Report) -> String {
     text += &corrupt_pages(&done.backup);
     let major = done.backup.postgres_version.split('.').next().unwrap_or_default();
     let _ = writeln!(text, "start it with PostgreSQL {major}: pg_ctl -D {target} start");
-    text + &format!("while its original runs on this host: pg_ctl -D {target} -o '-p 5433' start\n")
+    let _ = writeln!(text, "while its original runs on this host: pg_ctl -D {target} -o '-p 5433' start");
+    text + "until it has recovered it refuses connections (\"Hot standby mode is disabled\"): pg_isready tells\n"
 }
 
 /// What a merge did, and what comes next.
@@ -96,9 +97,8 @@ pub fn unpack(done: &engine::export::FilesReport) -> String {
     text += &corrupt_pages(&done.backup);
     if done.format == FileFormat::Plain {
         let _ = writeln!(text, "check it: pg_verifybackup {target}");
-        text += "it has its source's settings, archive_command too: look at them before you start a server on it\n";
     }
-    text
+    text + "it has its source's settings, archive_command too: look at them before you start a server on it\n"
 }
 
 /// Bytes and their rate.
@@ -109,6 +109,9 @@ fn size_and_rate(bytes: u64, took: f64) -> String {
 
 /// What verify found.
 pub fn verify(done: &engine::verify::Report, quick: bool) -> String {
+    if done.backups.is_empty() && done.damage.is_empty() {
+        return "there are no backups\n".to_owned();
+    }
     let mut text = String::new();
     for verified in &done.backups {
         let _ = writeln!(
@@ -189,6 +192,7 @@ mod tests {
                 "  written  64.0 MiB, 32.0 MiB/s",
                 "start it with PostgreSQL 15: pg_ctl -D /srv/pg start",
                 "while its original runs on this host: pg_ctl -D /srv/pg -o '-p 5433' start",
+                "until it has recovered it refuses connections (\"Hot standby mode is disabled\"): pg_isready tells",
             ]
         );
     }
@@ -261,17 +265,13 @@ mod tests {
             "  written  64.0 MiB, 32.0 MiB/s",
         ];
         let plain = unpack(&done(FileFormat::Plain, &[]));
+        let settings =
+            "it has its source's settings, archive_command too: look at them before you start a server on it";
         assert_eq!(lines(&plain)[..3], head);
-        assert_eq!(
-            lines(&plain)[3..],
-            [
-                "check it: pg_verifybackup /srv/pg",
-                "it has its source's settings, archive_command too: look at them before you start a server on it",
-            ]
-        );
+        assert_eq!(lines(&plain)[3..], ["check it: pg_verifybackup /srv/pg", settings]);
         let tar = unpack(&done(FileFormat::Tar, &["base.tar", "pg_wal.tar", "backup_manifest"]));
         assert_eq!(lines(&tar)[..3], head);
-        assert_eq!(lines(&tar)[3..], ["  files    base.tar, pg_wal.tar, backup_manifest"]);
+        assert_eq!(lines(&tar)[3..], ["  files    base.tar, pg_wal.tar, backup_manifest", settings]);
     }
 
     #[test]
@@ -302,6 +302,19 @@ mod tests {
                 "DAMAGE FOUND: 1 problem",
             ]
         );
+    }
+
+    #[test]
+    fn where_there_is_nothing_to_verify_that_is_said() {
+        let nothing = engine::verify::Report {
+            backups: Vec::new(),
+            damage: Vec::new(),
+            objects_checked: 0,
+            seconds: 0.0,
+            bytes_read: 0,
+            bytes_written: 0,
+        };
+        assert_eq!(verify(&nothing, false), "there are no backups\n");
     }
 
     #[test]

@@ -125,6 +125,10 @@ fn by_name(specs: &[String], scene: &Scene, force: bool, candidates: &mut [Candi
             scene.catalog.damaged().iter().find(|(object, _)| last_component(object).starts_with(spec.as_str()));
         match unreadable {
             Some((object, _)) if force && !spec.is_empty() => damaged.push(object.clone()),
+            Some((object, _)) if !spec.is_empty() => {
+                let selected = scene.catalog.select(spec).map_err(|e| e.or_hint(ErrorKind::Corrupt, &give_up(object)));
+                named.push(selected?.id);
+            }
             _ => named.push(scene.catalog.select(spec)?.id),
         }
     }
@@ -160,8 +164,17 @@ fn nothing_else_is_damaged(scene: &Scene, removed: &[ObjectName]) -> Result<()> 
     let Some((object, error)) = scene.catalog.damaged().iter().find(|(object, _)| !removed.contains(object)) else {
         return Ok(());
     };
-    let what = format!("a manifest cannot be read, so nobody knows what it needs, and nothing is removed: {error}");
-    let id = last_component(object).split('.').next().unwrap_or_default();
-    let hint = format!("put that file back from a copy, or give that backup up: pgstrata expire {id} --force");
-    Err(Error::corrupt(object.as_str(), what).hint(hint))
+    let what = "a manifest cannot be read, so nobody knows what it needs, and nothing is removed";
+    let what = format!("{what}: {}", error.without_place());
+    Err(Error::corrupt(object.as_str(), what).hint(give_up(object)))
+}
+
+/// What to do about a manifest that cannot be read.
+fn give_up(object: &ObjectName) -> String {
+    format!("put that file back from a copy, or give that backup up: pgstrata expire {} --force", id_in(object))
+}
+
+/// The backup that a manifest's name says it is of.
+pub(super) fn id_in(object: &ObjectName) -> &str {
+    last_component(object).split('.').next().unwrap_or_default()
 }

@@ -36,12 +36,13 @@ use jiff::Timestamp;
 use tar::{Builder, EntryType, Header};
 
 use super::files::archived_marks;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::extract::{Choice, Chosen, Listed, Opened, Sink, TargetFile, Writer, Written, must_be_usable};
 use crate::pg::TablespaceOid;
 use crate::progress::{Phase, Progress};
-use crate::repo::{FileEntry, FileKind};
+use crate::repo::{FileEntry, FileKind, TAKE_ANOTHER};
 use crate::target::{Owner, Target};
+use crate::units::{count, size};
 
 /// What an archive's parts are rounded up to.
 const BLOCK_LEN: u64 = 512;
@@ -307,6 +308,11 @@ impl<'r> Archives<'r> {
     /// `Corrupt` for damage in the repository, and whatever cannot be written. Then nothing has its name.
     pub fn write(&self, jobs: Option<NonZeroUsize>, progress: &dyn Progress) -> Result<Written> {
         self.target.create()?;
+        self.write_all(jobs, progress)
+            .map_err(|error| self.target.explain(error.or_hint(ErrorKind::Corrupt, TAKE_ANOTHER)))
+    }
+
+    fn write_all(&self, jobs: Option<NonZeroUsize>, progress: &dyn Progress) -> Result<Written> {
         let roots = self.target.open_roots()?;
         let open = OpenArchives { places: &self.places, open: self.make()? };
         progress.begin(Phase::Restoring, self.files.iter().map(|file| file.entry.len).sum());
@@ -319,8 +325,7 @@ impl<'r> Archives<'r> {
         self.target.hand_over_roots(our_own(self.chosen.directory_owner()))?;
         progress.begin(Phase::Syncing, 0);
         roots.sync()?;
-        self.target.name_finished(self.archives.iter().map(|archive| archive.name.as_str()))?;
-        self.target.name_finished([MANIFEST])?;
+        self.target.name_finished(self.archives.iter().map(|archive| archive.name.as_str()), MANIFEST)?;
         Ok(Written { bytes_read: bytes_read.into_inner(), bytes_written: self.len() })
     }
 
@@ -352,9 +357,9 @@ impl<'r> Archives<'r> {
 impl fmt::Display for Archives<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let manifest = &self.chosen.manifest;
-        let (id, kind, count) = (manifest.id, manifest.backup_type, self.files.len());
-        write!(f, "{id} ({kind}) to {}: {count} files, {} bytes", self.target.root().display(), self.len())?;
-        self.archives.iter().try_for_each(|archive| write!(f, "\n  {}: {} bytes", archive.name, archive.len))
+        let (id, kind, files) = (manifest.id, manifest.backup_type, count(self.files.len() as u64, "file"));
+        write!(f, "{id} ({kind}) to {}: {files}, {}", self.target.root().display(), size(self.len()))?;
+        self.archives.iter().try_for_each(|archive| write!(f, "\n  {}: {}", archive.name, size(archive.len)))
     }
 }
 

@@ -33,7 +33,8 @@ use crate::progress::{Phase, Progress, Silent};
 use crate::repack::{MovePlan, Mover};
 use crate::repo::{
     BackupSummary, Catalog, ClusterName, Depth, FileEntry, Layer, Lease, Manifest, Operation, PART_BLOCKS, PackKind,
-    PackName, Packer, PagePlace, PartMap, Repository, Stack, TableCursor, TableWriter, read_page, with_lengths,
+    PackName, Packer, PagePlace, PartMap, Repository, Stack, TAKE_ANOTHER, TableCursor, TableWriter, read_page,
+    with_lengths,
 };
 use crate::store::ObjectName;
 
@@ -139,7 +140,7 @@ pub fn to_repository(from: &Repository, to: &Repository, options: &Options, prog
             to.discard_but(&options.cluster, backup.id, &in_use)?;
             exporter.execute(&lease, sequence, &in_use, options, progress)?
         }
-        done => done?,
+        done => done.map_err(|e| e.or_hint(ErrorKind::Corrupt, TAKE_ANOTHER))?,
     };
     Ok(Report { to: to.place().to_owned(), seconds: begun.elapsed().as_secs_f64(), ..done })
 }

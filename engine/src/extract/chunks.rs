@@ -31,6 +31,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::progress::Progress;
 use crate::repo::{
     ChunkRef, DataPack, Depth, FileEntry, Layer, Manifest, PART_BLOCKS, PackKind, PackName, PartMap, Repository,
+    TAKE_ANOTHER,
 };
 use crate::target::Owner;
 
@@ -455,8 +456,7 @@ fn hurt(files: &[TargetFile], job: &Job, object: &str, error: &Error) -> Error {
     let file = piece.map(|piece| files[piece.file as usize].entry.display_path()).unwrap_or_default();
     let block = piece.map_or(0, |piece| piece.block);
     let what = format!("{}; {file} has its block {block} there", error.what());
-    let hint = "`pgstrata verify` tells which backups are hurt; take another one";
-    Error::corrupt(format!("{object} at {}", job.chunk.offset), what).hint(hint)
+    Error::corrupt(format!("{object} at {}", job.chunk.offset), what).hint(TAKE_ANOTHER)
 }
 
 #[cfg(test)]

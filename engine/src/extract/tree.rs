@@ -9,7 +9,7 @@
 //! finish    global/pg_control gets its name; sync
 //! ```
 //!
-//! An interrupted run leaves a directory without `pg_control`, which PostgreSQL refuses to start.
+//! An interrupted run leaves a directory without `pg_control`, which PostgreSQL refuses to start. The error of a run that failed says so.
 
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -18,11 +18,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use super::{Chosen, Listed, Opened, Sink, TargetFile, Writer, must_be_usable, must_not_overlap};
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::pg::TablespaceOid;
 use crate::progress::{Phase, Progress};
-use crate::repo::{FileEntry, FileKind, Manifest};
+use crate::repo::{FileEntry, FileKind, Manifest, TAKE_ANOTHER};
 use crate::target::Target;
+use crate::units::{count, size};
 
 /// What is going to be written, and where.
 pub(crate) struct Tree<'r> {
@@ -103,9 +104,19 @@ impl<'r> Tree<'r> {
         progress: &dyn Progress,
         add: impl FnOnce() -> Result<()>,
     ) -> Result<Written> {
+        self.target.create()?;
+        self.write_all(jobs, progress, add)
+            .map_err(|error| self.target.explain(error.or_hint(ErrorKind::Corrupt, TAKE_ANOTHER)))
+    }
+
+    fn write_all(
+        &self,
+        jobs: Option<NonZeroUsize>,
+        progress: &dyn Progress,
+        add: impl FnOnce() -> Result<()>,
+    ) -> Result<Written> {
         let Self { chosen, target, .. } = self;
         let bytes_written = self.files.iter().map(|file| file.entry.len).sum();
-        target.create()?;
         let roots = target.open_roots()?;
         self.directories.iter().try_for_each(|entry| target.make_directory(&entry.path))?;
         progress.begin(Phase::Restoring, bytes_written);
@@ -160,10 +171,10 @@ impl<'r> Tree<'r> {
 impl fmt::Display for Tree<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let bytes: u64 = self.files.iter().map(|file| file.entry.len).sum();
-        let count = self.files.len();
+        let files = count(self.files.len() as u64, "file");
         let manifest = &self.chosen.manifest;
         let (id, kind) = (manifest.id, manifest.backup_type);
-        write!(f, "{id} ({kind}) to {}: {count} files, {bytes} bytes", self.target.root().display())?;
+        write!(f, "{id} ({kind}) to {}: {files}, {}", self.target.root().display(), size(bytes))?;
         for tablespace in &manifest.tablespaces {
             let oid = TablespaceOid::new(tablespace.oid);
             if let (Some(old), Some(new)) = (&tablespace.location, self.target.tablespace(oid)) {

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use super::{Load, Mover, Moves};
 use crate::error::{Error, ErrorKind, Result};
 use crate::repo::{ChunkRef, DataPack, Layer};
+use crate::units::{count, size};
 
 /// A chunk's place.
 pub(super) type Key = (DataPack, u64);
@@ -119,8 +120,9 @@ pub(crate) struct MovePlan {
 impl fmt::Display for MovePlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { chunks_whole, bytes_whole, chunks_mixed, bytes_mixed, blocks_mixed, .. } = self;
-        write!(f, "{chunks_whole} chunks of {bytes_whole} bytes as they are")?;
-        write!(f, ", {blocks_mixed} blocks out of {chunks_mixed} chunks of {bytes_mixed} bytes, compressed again")
+        write!(f, "{} as they are ({})", count(*chunks_whole, "chunk"), size(*bytes_whole))?;
+        let (blocks, chunks) = (count(*blocks_mixed, "block"), count(*chunks_mixed, "chunk"));
+        write!(f, ", {blocks} out of {chunks} ({}), compressed again", size(*bytes_mixed))
     }
 }
 

@@ -241,7 +241,8 @@ impl Catalog {
         }
         match (first, damaged) {
             (None, Some((object, error))) => {
-                Err(Error::corrupt(object.as_str(), format!("this backup's manifest cannot be read: {error}")))
+                let what = format!("this backup's manifest cannot be read: {}", error.without_place());
+                Err(Error::corrupt(object.as_str(), what))
             }
             (first, _) => Ok(first),
         }
@@ -249,7 +250,8 @@ impl Catalog {
 
     fn all_must_be_readable(&self, spec: &str) -> Result<()> {
         let Some((object, error)) = self.damaged.first() else { return Ok(()) };
-        let what = format!("cannot tell which backup is the {spec}: a manifest cannot be read: {error}");
+        let what =
+            format!("cannot tell which backup is the {spec}: a manifest cannot be read: {}", error.without_place());
         let hint = "name a backup by its id (`pgstrata list`), or move the damaged manifest out of the repository";
         Err(Error::corrupt(object.as_str(), what).hint(hint))
     }
@@ -350,7 +352,12 @@ mod tests {
         assert_eq!(selected(&repo, "latest"), Err(ErrorKind::Corrupt));
         assert_eq!(selected(&repo, C), Err(ErrorKind::Corrupt));
         assert_eq!(selected(&repo, A), Ok(A.to_owned()));
-        assert_eq!(repo.catalog(&ClusterName::default()).unwrap().damaged().len(), 1);
+        let catalog = repo.catalog(&ClusterName::default()).unwrap();
+        assert_eq!(catalog.damaged().len(), 1);
+        for spec in ["latest", C] {
+            let text = catalog.select(spec).unwrap_err().to_string();
+            assert_eq!(text.matches(object.as_str()).count(), 1, "{text}");
+        }
     }
 
     #[test]

@@ -40,6 +40,8 @@ use crate::store::{LocalStore, ObjectName, Store};
 /// The format that this program writes, and the newest that it reads.
 pub const FORMAT_VERSION: u32 = 1;
 
+/// What to do about a backup that damage was met in.
+pub(crate) const TAKE_ANOTHER: &str = "`pgstrata verify` tells which backups are hurt; take another one";
 /// Bytes of a metadata record at most, decompressed.
 const MAX_DECODED_LEN: u64 = 128 << 20;
 /// Bytes that are put by for a full disk.
@@ -142,8 +144,8 @@ impl Repository {
     /// # Errors
     /// `Missing` if there is none, `Corrupt` if its header is damaged, `Unsupported` if it is of a newer format.
     pub fn open(path: &Path) -> Result<Self> {
-        let hint =
-            "create it with `pgstrata init --repo ...`, or with the first backup: `pgstrata backup --init --repo ...`";
+        let hint = "check the path, and that its disk is mounted; a new repository is made by `pgstrata init --repo ...`, \
+                    or with the first backup: `pgstrata backup --init --repo ...`";
         let none = |what: String| Error::new(ErrorKind::Missing, what).hint(hint);
         let store = match LocalStore::open(path) {
             Ok(store) => store,
@@ -432,6 +434,15 @@ impl Repository {
     pub fn packs(&self, cluster: &ClusterName) -> Result<HashMap<ObjectName, u64>> {
         let objects = self.store.list(&names::packs(cluster))?;
         Ok(objects.into_iter().map(|object| (object.name, object.len)).collect())
+    }
+
+    /// Bytes of a cluster's packs and manifests that are in the store, whatever needs them.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub fn stored_bytes(&self, cluster: &ClusterName) -> Result<u64> {
+        let len = |prefix: String| Ok(self.store.list(&prefix)?.iter().map(|object| object.len).sum::<u64>());
+        Ok(len(names::packs(cluster))? + len(names::manifests(cluster))?)
     }
 
     /// The first pack of a backup that is not there, or not of the right length, and what is wrong with it.

@@ -760,12 +760,16 @@ fn not_a_data_directory(path: &Path) -> Error {
 }
 
 fn open_error(verb: &str, path: &Path, error: std::io::Error) -> Error {
-    let denied = error.kind() == PermissionDenied;
-    let result = Error::io(verb, path, error);
-    if !denied {
-        return result;
+    let hint = match error.kind() {
+        PermissionDenied => Some("run as the operating system's user that owns the data directory (usually postgres)"),
+        NotFound => Some("check the path; `SHOW data_directory` in psql says where the server's is"),
+        _ => None,
+    };
+    let error = Error::io(verb, path, error);
+    match hint {
+        Some(hint) => error.hint(hint),
+        None => error,
     }
-    result.hint("run as the operating system's user that owns the data directory (usually postgres)")
 }
 
 #[cfg(test)]

@@ -9,6 +9,9 @@
 //!
 //! `global/pg_control` gets its name when everything else is durable ([`Target::finish`]): PostgreSQL starts on no directory without it. A
 //! directory of archives has only a root; each archive gets its name when all are durable ([`Target::name_finished`]).
+//!
+//! Until then every root has a mark, a file made before all others that names all roots: whoever finds an interrupted or failed run, in whichever
+//! of its directories, is told what to delete ([`incomplete`]). The mark goes right before the last name is given, after the long sync.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -20,14 +23,20 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::TablespaceOid;
+use crate::units::size;
 
 /// `pg_control` until the restore is complete.
 const UNFINISHED_CONTROL: &str = "global/pg_control.unfinished";
 const CONTROL: &[u8] = b"global/pg_control";
 /// What the name of an archive ends in until the export is complete.
 const UNFINISHED_SUFFIX: &str = ".unfinished";
-/// What only a run that did not end leaves in its target.
-pub(crate) const UNFINISHED: [&str; 2] = [UNFINISHED_CONTROL, "base.tar.unfinished"];
+/// The mark of a root that is being written to; the lines after its first are the roots.
+pub(crate) const MARK: &str = ".pgstrata-unfinished";
+const MARK_HEAD: &str = "pgstrata is writing, or was interrupted writing, to:";
+/// Bytes of a mark that are read at most.
+const MAX_MARK_LEN: u64 = 1 << 20;
+/// What only a run that did not end leaves in a root. The mark is not there any more while the last names are given.
+const UNFINISHED: [&str; 3] = [MARK, UNFINISHED_CONTROL, "backup_manifest.unfinished"];
 /// Room that must be left besides the restored bytes, for directories and for recovery.
 const SPARE_BYTES: u64 = 64 << 20;
 
@@ -110,18 +119,15 @@ impl Target {
             let space = rustix::fs::statvfs(place).map_err(|e| Error::io("look at", place, e.into()))?;
             let free = space.f_bavail.saturating_mul(space.f_frsize);
             if free < bytes + SPARE_BYTES {
-                let what = format!(
-                    "the file system of {} has {free} bytes free, {} are needed",
-                    place.display(),
-                    bytes + SPARE_BYTES
-                );
+                let (free, needed) = (size(free), size(bytes + SPARE_BYTES));
+                let what = format!("the file system of {} has {free} free, {needed} are needed", place.display());
                 return Err(Error::new(ErrorKind::Unavailable, what).hint("make room, or choose another disk"));
             }
         }
         Ok(())
     }
 
-    /// Makes the root directories, which only we can enter until [`Target::hand_over_roots`].
+    /// Makes the root directories, which only we can enter until [`Target::hand_over_roots`], and marks them.
     ///
     /// # Errors
     /// When one cannot be made.
@@ -134,8 +140,41 @@ impl Target {
             }
             fs::set_permissions(root, Permissions::from_mode(0o700))
                 .map_err(|e| Error::io("set the mode of", root, e))?;
+            self.mark(root)?;
         }
         Ok(())
+    }
+
+    fn mark(&self, root: &Path) -> Result<()> {
+        let mut text = MARK_HEAD.as_bytes().to_vec();
+        for root in self.roots() {
+            text.push(b'\n');
+            text.extend_from_slice(root.as_os_str().as_bytes());
+        }
+        text.push(b'\n');
+        let path = root.join(MARK);
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o600).custom_flags(NO_FOLLOW);
+        let written = options.open(&path).and_then(|mut file| file.write_all(&text));
+        written.map_err(|e| Error::io("write", &path, e))
+    }
+
+    /// Takes the marks away, durably.
+    fn unmark(&self) -> Result<()> {
+        self.roots().try_for_each(|root| {
+            let path = root.join(MARK);
+            fs::remove_file(&path).map_err(|e| Error::io("delete", &path, e))?;
+            sync_directory(root)
+        })
+    }
+
+    /// The error of a run that has written something, with what to delete.
+    #[must_use]
+    pub fn explain(&self, error: Error) -> Error {
+        match self.roots().find_map(incomplete) {
+            Some(left) => error.hint_too(left),
+            None => error,
+        }
     }
 
     /// Where the file that a manifest names goes.
@@ -320,6 +359,7 @@ impl Target {
     /// # Errors
     /// When it cannot be made durable.
     pub fn finish(&self) -> Result<()> {
+        self.unmark()?;
         let unfinished = self.root.join(UNFINISHED_CONTROL);
         let control = self.root.join(OsStr::from_bytes(CONTROL));
         fs::rename(&unfinished, &control).map_err(|e| Error::io("name", &control, e))?;
@@ -334,16 +374,20 @@ impl Target {
         self.make_file(format!("{name}{UNFINISHED_SUFFIX}").as_bytes(), len, owner)
     }
 
-    /// Gives files that are durable their names, durably.
+    /// Gives files that are durable their names, durably, at last `last`.
     ///
     /// # Errors
     /// When one cannot be given.
-    pub fn name_finished<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Result<()> {
-        for name in names {
-            let (unfinished, finished) = (format!("{name}{UNFINISHED_SUFFIX}"), self.root.join(name));
-            fs::rename(self.root.join(unfinished), &finished).map_err(|e| Error::io("name", &finished, e))?;
-        }
+    pub fn name_finished<'a>(&self, names: impl IntoIterator<Item = &'a str>, last: &str) -> Result<()> {
+        names.into_iter().try_for_each(|name| self.name_one(name))?;
+        self.unmark()?;
+        self.name_one(last)?;
         sync_directory(&self.root)
+    }
+
+    fn name_one(&self, name: &str) -> Result<()> {
+        let (unfinished, finished) = (format!("{name}{UNFINISHED_SUFFIX}"), self.root.join(name));
+        fs::rename(self.root.join(unfinished), &finished).map_err(|e| Error::io("name", &finished, e))
     }
 }
 
@@ -380,20 +424,50 @@ fn sync_directory(directory: &Path) -> Result<()> {
     synced.map_err(|e| Error::io("sync", directory, e))
 }
 
-/// Refuses a directory that is in use.
+/// Refuses a directory that is in use. One that has nothing but a mark is as good as empty: `rm -r DIR/*` leaves it there.
 fn must_be_free(root: &Path) -> Result<()> {
     let mut entries = match fs::read_dir(root) {
         Ok(entries) => entries,
         Err(e) if e.kind() == Io::NotFound => return Ok(()),
         Err(e) => return Err(Error::io("look into", root, e)),
     };
-    if entries.next().is_none() {
+    if entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == MARK)) {
         return Ok(());
     }
     let here = root.display();
+    if let Some(left) = incomplete(root) {
+        let what = format!("{here} holds a restore or an export that did not end");
+        return Err(Error::invalid(what).hint(format!("if none is running now: {left}")));
+    }
     let what = format!("{here} is not empty");
     Err(Error::invalid(what)
         .hint("choose an empty or new directory; a tablespace can be placed elsewhere with --tablespace-map OLD=NEW"))
+}
+
+/// What to do about a run that did not end and left something in `root`; nothing if none did.
+pub fn incomplete(root: &Path) -> Option<String> {
+    let left = left_with(root)?;
+    let names: Vec<String> = left.iter().map(|path| path.display().to_string()).collect();
+    Some(match &names[..] {
+        [one] => format!("{one} is incomplete; delete it, then run the command again"),
+        several => format!("{} are incomplete; delete them, then run the command again", several.join(" and ")),
+    })
+}
+
+/// The roots of a run that did not end and left something in `root`: those that its mark names and that have a mark themselves. Something
+/// else may be in the others by now.
+fn left_with(root: &Path) -> Option<Vec<PathBuf>> {
+    UNFINISHED.iter().find(|name| fs::symlink_metadata(root.join(name)).is_ok())?;
+    let mut text = Vec::new();
+    // A mark that cannot be read names nobody else.
+    let _ = File::open(root.join(MARK)).and_then(|file| file.take(MAX_MARK_LEN).read_to_end(&mut text));
+    let lines = text.split(|byte| *byte == b'\n').skip(1).filter(|line| !line.is_empty());
+    let named = lines.map(|line| PathBuf::from(OsStr::from_bytes(line)));
+    let mut left: Vec<PathBuf> = named.filter(|path| fs::symlink_metadata(path.join(MARK)).is_ok()).collect();
+    if left.is_empty() {
+        left.push(root.to_owned());
+    }
+    Some(left)
 }
 
 #[cfg(test)]
@@ -463,6 +537,45 @@ mod tests {
         assert_eq!(target(directory.path()).check(&[0, 0]).unwrap_err().kind(), ErrorKind::Invalid);
         let nested = BTreeMap::from([(TablespaceOid::new(1), data.join("inside"))]);
         assert_eq!(Target::new(&data, nested).unwrap_err().kind(), ErrorKind::Invalid);
+    }
+
+    #[test]
+    fn an_unfinished_target_says_in_each_of_its_directories_what_to_delete() {
+        let directory = tempfile::tempdir().unwrap();
+        let (data, space) = (directory.path().join("data"), directory.path().join("space"));
+        target(directory.path()).create().unwrap();
+        target(directory.path()).check(&[0, 0]).unwrap();
+        let both = format!("{} and {} are incomplete; delete them, then run", data.display(), space.display());
+        for root in [&data, &space] {
+            fs::write(root.join("x"), "").unwrap();
+            assert!(incomplete(root).unwrap().starts_with(&both));
+        }
+        let error = Target::new(&space, BTreeMap::new()).unwrap().check(&[0]).unwrap_err();
+        assert!(error.what().ends_with("holds a restore or an export that did not end"), "{error}");
+        assert!(error.hint_text().unwrap().contains(&both));
+        fs::remove_dir_all(&space).unwrap();
+        fs::create_dir(&space).unwrap();
+        fs::write(space.join("another"), "").unwrap();
+        let one = format!("{} is incomplete; delete it, then run", data.display());
+        assert!(incomplete(&data).unwrap().starts_with(&one), "what is in the other directory now is none of ours");
+        assert_eq!(incomplete(&space), None);
+    }
+
+    #[test]
+    fn a_finished_target_has_no_mark() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = target(directory.path());
+        target.create().unwrap();
+        target.make_directory(b"global").unwrap();
+        target.write_file(CONTROL, b"", OWNER).unwrap();
+        assert!(incomplete(target.root()).is_some());
+        target.unmark().unwrap();
+        assert!(incomplete(target.root()).is_some(), "pg_control has not its name yet");
+        target.mark(target.root()).unwrap();
+        target.mark(&directory.path().join("space")).unwrap();
+        target.finish().unwrap();
+        assert_eq!(target.roots().find_map(incomplete), None);
+        assert!(target.roots().all(|root| !root.join(MARK).exists()));
     }
 
     #[test]
