@@ -23,6 +23,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// How the names of temporary files begin.
 const TEMPORARY: &str = ".tmp-";
+const NO_WAIT: i32 = rustix::fs::OFlags::NONBLOCK.bits() as i32;
 /// How many files stay open for reading.
 const OPEN_FILES: usize = 16;
 
@@ -75,7 +76,12 @@ impl LocalStore {
             return Ok(Arc::clone(file));
         }
         let path = self.path(name);
-        let file = Arc::new(File::open(&path).map_err(|e| Error::io("open", &path, e))?);
+        // Whatever it is, opening it does not wait for anybody.
+        let opened = OpenOptions::new().read(true).custom_flags(NO_WAIT).open(&path);
+        let file = Arc::new(opened.map_err(|e| Error::io("open", &path, e))?);
+        if !file.metadata().map_err(|e| Error::io("look at", &path, e))?.is_file() {
+            return Err(Error::corrupt(name.as_str(), "the object is not a file"));
+        }
         if open.len() == OPEN_FILES {
             open.pop_front();
         }
@@ -120,7 +126,8 @@ impl LocalStore {
             if metadata.is_dir() && reachable {
                 self.list_directory(&name, prefix, found)?;
             } else if metadata.is_file() && name.starts_with(prefix) {
-                found.push(ObjectInfo { name: ObjectName::new(name)?, len: metadata.len() });
+                // A name that is too long is no object's.
+                found.extend(ObjectName::new(name).map(|name| ObjectInfo { name, len: metadata.len() }));
             }
         }
         Ok(())
@@ -154,6 +161,10 @@ impl Store for LocalStore {
 
     fn get_range(&self, name: &ObjectName, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let file = self.reader(name)?;
+        if i64::try_from(offset.saturating_add(buffer.len() as u64)).is_err() {
+            let len = file.metadata().map(|metadata| metadata.len()).unwrap_or_default();
+            return Err(too_short(name, len, offset, buffer.len()));
+        }
         match file.read_exact_at(buffer, offset) {
             Ok(()) => Ok(()),
             Err(e) if e.kind() == Io::UnexpectedEof => {
@@ -187,7 +198,14 @@ impl Store for LocalStore {
 
     fn sweep(&self, prefix: &str) -> Result<u64> {
         let directory = self.root.join(prefix);
-        if directory.is_dir() { sweep_directory(&directory, false) } else { Ok(0) }
+        // Through a link nothing is listed, so nothing there is ours.
+        let is_below = |path: &Path| fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
+        let mut path = self.root.clone();
+        let ours = prefix.split_terminator('/').all(|component| {
+            path.push(component);
+            is_below(&path)
+        });
+        if ours { sweep_directory(&directory, false) } else { Ok(0) }
     }
 }
 
