@@ -203,7 +203,10 @@ impl<'r> Verifier<'r> {
         let mut packs: BTreeMap<PackName, (u64, Vec<usize>)> = BTreeMap::new();
         for (index, (_, manifest)) in backups.iter().enumerate() {
             for PackInfo { name, len } in &manifest.packs {
-                packs.entry(*name).or_insert((*len, Vec::new())).1.push(index);
+                let users = &mut packs.entry(*name).or_insert((*len, Vec::new())).1;
+                if users.last() != Some(&index) {
+                    users.push(index);
+                }
             }
         }
         let objects_checked = AtomicU64::new((backups.len() + unreadable.len()) as u64);
@@ -244,11 +247,14 @@ impl<'r> Verifier<'r> {
     /// Looks whether each pack is there, with its length.
     fn check_presence(&mut self) -> Result<()> {
         let present = self.repo.packs(&self.cluster)?;
-        for (name, (len, users)) in &self.packs {
-            let object = name.object(&self.cluster)?;
-            let Some(problem) = pack_fault(&present, &object, *len) else { continue };
-            self.found(object.as_str(), problem, users, &[]);
-            self.absent.insert(*name);
+        // Each manifest for itself: they may disagree.
+        for (index, (_, manifest)) in self.backups.iter().enumerate() {
+            for PackInfo { name, len } in &manifest.packs {
+                let object = name.object(&self.cluster)?;
+                let Some(problem) = pack_fault(&present, &object, *len) else { continue };
+                self.found(object.as_str(), problem, &[index], &[]);
+                self.absent.insert(*name);
+            }
         }
         self.objects_checked.fetch_add(self.packs.len() as u64, Ordering::Relaxed);
         Ok(())

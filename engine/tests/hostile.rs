@@ -28,6 +28,8 @@ use pgstrata_engine::{Error, ErrorKind, backup, merge, restore, verify};
 
 /// Address space of the process that reads forged repositories.
 const MEMORY_KIB: u64 = 1_300_000;
+/// Where forged tablespaces may be.
+const SPACE: &str = "space";
 const RELATION: &str = "base/5/16384";
 
 /// Runs a test of this file again in a process with little memory; whether this is that process.
@@ -86,7 +88,9 @@ fn run_everything(origin: &Origin, case: &str, change: impl FnOnce(&mut Forgery)
     let before = everything(scratch);
     let target = scratch.join("target");
     let clean = |what: &str| {
-        let _ = fs::remove_dir_all(&target);
+        for root in [&target, &scratch.join(SPACE)] {
+            let _ = fs::remove_dir_all(root);
+        }
         assert_eq!(everything(scratch), before, "{case}: {what} wrote outside of its target");
     };
 
@@ -156,6 +160,20 @@ fn refused(origin: &Origin, case: &str, change: impl FnOnce(&mut Forgery)) {
             matches!(kind, Some(ErrorKind::Corrupt | ErrorKind::Invalid | ErrorKind::Missing | ErrorKind::Unsupported));
         assert!(refused, "{case}: {outcome:?}");
     }
+}
+
+/// The same for what takes long to read: it is verified and restored only.
+fn refused_at_once(origin: &Origin, case: &str, change: impl FnOnce(&mut Forgery)) {
+    let (_, repo) = origin.forge(change);
+    let main = ClusterName::default();
+    let report = verify::run(&repo, &main, "all", &verify::Options::default(), &Silent).unwrap();
+    assert!(!report.damage.is_empty(), "{case}");
+    let target = origin.scratch.path().join("target");
+    let options = restore::Options { target: target.clone(), tablespace_map: vec![], archive_mode: false, jobs: None };
+    let error = restore::run(&repo, &main, FORGED, &options, &Silent).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{case}: {error}");
+    assert!(!target.join("global/pg_control").exists(), "{case}");
+    let _ = fs::remove_dir_all(&target);
 }
 
 /// The backup is written out, with whatever it says.
@@ -240,7 +258,7 @@ fn tablespace(forgery: &mut Forgery, location: &Path, files: &[(&str, FileKind)]
 fn a_tablespace_is_a_directory_of_its_own_with_its_version_in_it() {
     let origin = Origin::new();
     let scratch = origin.scratch.path().to_owned();
-    let place = scratch.join("space");
+    let place = scratch.join(SPACE);
     for path in ["authorized_keys", ".ssh", "PG_16_1", "x/y"] {
         refused(&origin, path, |forgery| tablespace(forgery, &place, &[(path, FileKind::File)]));
     }
@@ -266,7 +284,7 @@ fn a_tablespace_is_a_directory_of_its_own_with_its_version_in_it() {
 #[test]
 fn nothing_is_written_through_a_link_of_the_target() {
     let origin = Origin::new();
-    let space = origin.scratch.path().join("space");
+    let space = origin.scratch.path().join(SPACE);
     // Spelled otherwise it is another directory, not a way through the link.
     for name in ["016400", "+16400"] {
         refused(&origin, name, |forgery| {
@@ -280,7 +298,6 @@ fn nothing_is_written_through_a_link_of_the_target() {
         forgery.entry("pg_tblspc/16400").kind = FileKind::File.into();
     });
     assert!(outcome.restored.is_some());
-    let _ = fs::remove_dir_all(&space);
 }
 
 #[test]
@@ -367,14 +384,14 @@ fn absurd_counts_and_lengths_are_refused_in_little_memory() {
     });
     refused(&origin, "a longer map than the file", |forgery| forgery.entry(RELATION).len = 8192);
     refused(&origin, "a shorter map than the file", |forgery| forgery.entry(RELATION).len = 7 * 8192);
-    refused(&origin, "many maps", |forgery| {
+    refused_at_once(&origin, "many maps", |forgery| {
         forgery.entry(RELATION).parts = vec![StoredPart::default(); 3_000_000];
     });
-    refused(&origin, "many layers", |forgery| {
+    refused_at_once(&origin, "many layers", |forgery| {
         let part = &mut forgery.entry(RELATION).parts[0];
         part.layers = vec![part.layers[0].clone(); 1_000_000];
     });
-    refused(&origin, "many packs", |forgery| forgery.entry(RELATION).parts[0].data = vec![0; 3_000_000]);
+    refused_at_once(&origin, "many packs", |forgery| forgery.entry(RELATION).parts[0].data = vec![0; 3_000_000]);
     for len in [0, 16, 4 << 20, u32::MAX] {
         let changes: [fn(&mut StoredLayer, u32); 2] =
             [|layer, len| layer.locations_len = len, |layer, len| layer.fingerprints_len = len];
@@ -442,7 +459,7 @@ fn bombs_go_off_in_little_memory() {
     }
     let origin = Origin::new();
     for len in [17 << 20, 600 << 20] {
-        refused(&origin, "a page", |forgery| {
+        refused_at_once(&origin, "a page", |forgery| {
             forgery.manifest.pages = vec![forgery.page(&vec![0; len], 0)];
         });
     }
@@ -452,12 +469,12 @@ fn bombs_go_off_in_little_memory() {
         &[0xFF, 0xFF, 0xFF, 0xFF, 0xF, 0],
         &[0, 1, 1, 97, 0, 0, 0, 0, 0, 0xFF, 0xFF, 0xFF, 3],
     ] {
-        refused(&origin, "a page of nothings", |forgery| {
+        refused_at_once(&origin, "a page of nothings", |forgery| {
             let plain = [prefix, &vec![0; 15 << 20]].concat();
             forgery.manifest.pages = vec![forgery.page(&plain, 1)];
         });
     }
-    refused(&origin, "many pages", |forgery| {
+    refused_at_once(&origin, "many pages", |forgery| {
         let plain = [&[0, 1, 1, 97, 0, 0, 0, 0, 0, 0x80, 0x80, 0x80, 3][..], &vec![0; 15 << 20]].concat();
         forgery.manifest.pages = vec![forgery.page(&plain, 1); 20];
     });
@@ -466,7 +483,7 @@ fn bombs_go_off_in_little_memory() {
         vec![0xFF; 15 << 20],
         [&[1, 1, 0, 0, 0xFF, 0xFF, 0xFF, 7][..], &vec![0; 15 << 20]].concat(),
     ] {
-        refused(&origin, "a layer", move |forgery| {
+        refused_at_once(&origin, "a layer", move |forgery| {
             let layer = forgery.layer(plain.clone(), 6);
             forgery.entry(RELATION).parts[0].layers = vec![layer];
         });
@@ -509,7 +526,7 @@ fn manifests_that_no_backup_has_are_damaged_in_little_memory() {
         ("segments of everything", |forgery| forgery.manifest.wal_segment_size = 1 << 31),
     ];
     for (case, change) in changes {
-        refused(&origin, case, change);
+        refused_at_once(&origin, case, change);
     }
     refused(&origin, "larger blocks", |forgery| forgery.manifest.block_size = 32768);
     refused(&origin, "smaller blocks", |forgery| forgery.manifest.block_size = 1024);
