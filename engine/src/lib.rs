@@ -7,6 +7,7 @@ pub mod error;
 pub mod expire;
 pub mod export;
 mod extract;
+pub mod fuzz;
 pub mod merge;
 pub mod pg;
 pub mod pin;

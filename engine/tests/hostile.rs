@@ -458,7 +458,7 @@ fn bombs_go_off_in_little_memory() {
         return;
     }
     let origin = Origin::new();
-    for len in [17 << 20, 600 << 20] {
+    for len in [17 << 20, 200 << 20] {
         refused_at_once(&origin, "a page", |forgery| {
             forgery.manifest.pages = vec![forgery.page(&vec![0; len], 0)];
         });
@@ -479,7 +479,7 @@ fn bombs_go_off_in_little_memory() {
         forgery.manifest.pages = vec![forgery.page(&plain, 1); 20];
     });
     for plain in [
-        vec![0; 600 << 20],
+        vec![0; 200 << 20],
         vec![0xFF; 15 << 20],
         [&[1, 1, 0, 0, 0xFF, 0xFF, 0xFF, 7][..], &vec![0; 15 << 20]].concat(),
     ] {

@@ -307,12 +307,7 @@ impl Manifest {
             let what = format!("a manifest that no reader would take: {what}");
             return Err(Error::new(ErrorKind::Unsupported, what));
         }
-        let frame = zstd::bulk::compress(&json, METADATA_LEVEL);
-        let frame = frame.map_err(|e| Error::bug("cannot compress a manifest").because(e))?;
-        let mut bytes = [FIRST_LINE, &frame].concat();
-        let check = check(object, &bytes);
-        bytes.extend_from_slice(check.as_bytes());
-        Ok(bytes)
+        sealed(&json, object)
     }
 
     /// Decodes what was stored as the object `object`.
@@ -373,6 +368,16 @@ impl Manifest {
         let text = texts.iter().flatten().map(|text| text.len()).find(|len| *len > MAX_TEXT_LEN);
         word.or(text).map(|len| format!("a text of {len} bytes"))
     }
+}
+
+/// The manifest `object` of this JSON, as it is stored.
+pub(super) fn sealed(json: &[u8], object: &ObjectName) -> Result<Vec<u8>> {
+    let frame = zstd::bulk::compress(json, METADATA_LEVEL);
+    let frame = frame.map_err(|e| Error::bug("cannot compress a manifest").because(e))?;
+    let mut bytes = [FIRST_LINE, &frame].concat();
+    let check = check(object, &bytes);
+    bytes.extend_from_slice(check.as_bytes());
+    Ok(bytes)
 }
 
 fn check(object: &ObjectName, content: &[u8]) -> blake3::Hash {

@@ -1,6 +1,7 @@
 #![doc = include_str!("format.md")]
 
 mod catalog;
+pub(crate) mod fuzz;
 mod layer;
 mod lease;
 mod manifest;

@@ -426,7 +426,7 @@ impl Read for Incoming {
     }
 }
 
-fn header(kind: PackKind) -> [u8; HEADER_LEN as usize] {
+pub(super) fn header(kind: PackKind) -> [u8; HEADER_LEN as usize] {
     let mut header = [0; HEADER_LEN as usize];
     header[..8].copy_from_slice(MAGIC);
     header[8..10].copy_from_slice(&VERSION.to_le_bytes());
@@ -435,7 +435,7 @@ fn header(kind: PackKind) -> [u8; HEADER_LEN as usize] {
 }
 
 /// The table and the footer of a pack whose records end at `table_offset`.
-fn trailer(object: &ObjectName, kind: PackKind, table: &[u8], table_offset: u64, count: u32) -> Vec<u8> {
+pub(super) fn trailer(object: &ObjectName, kind: PackKind, table: &[u8], table_offset: u64, count: u32) -> Vec<u8> {
     let mut end = Vec::with_capacity(table.len() + FOOTER_LEN);
     end.extend_from_slice(table);
     end.extend_from_slice(&table_offset.to_le_bytes());

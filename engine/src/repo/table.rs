@@ -182,7 +182,7 @@ impl PackNumbers {
 }
 
 /// Encodes a page; equal entries make equal bytes.
-fn encode_page(entries: &[FileEntry]) -> Result<Vec<u8>> {
+pub(super) fn encode_page(entries: &[FileEntry]) -> Result<Vec<u8>> {
     let mut numbers = PackNumbers::default();
     let layer = |place: &LayerPlace, numbers: &mut PackNumbers| StoredLayer {
         pack: numbers.number(place.pack),
@@ -207,7 +207,7 @@ fn encode_page(entries: &[FileEntry]) -> Result<Vec<u8>> {
     super::encode(&StoredPage { packs: numbers.packs, entries })
 }
 
-fn decode_page(body: &[u8], place: &str) -> Result<(Vec<PackName>, Vec<FileEntry>)> {
+pub(super) fn decode_page(body: &[u8], place: &str) -> Result<(Vec<PackName>, Vec<FileEntry>)> {
     let page: StoredPage = super::decode(body, place)?;
     if let Some(what) = absurdity(&page) {
         return Err(Error::corrupt(place, format!("the file table is damaged: {what}")));

@@ -3,6 +3,8 @@
 //! A forgery begins with a true backup of a small cluster. Its manifest and its file table are taken apart, changed, and put together again with
 //! encoders of our own, since the engine's refuse to write what its readers refuse to read.
 
+#![allow(dead_code, reason = "each test that includes this uses another part of it")]
+
 use std::path::Path;
 use std::sync::Arc;
 
