@@ -26,6 +26,8 @@ use pgstrata_engine::repo::{
 use pgstrata_engine::store::{LocalStore, MemoryStore, Store};
 use pgstrata_engine::{Error, ErrorKind, backup, merge, restore, verify};
 
+type Change = fn(&mut Forgery);
+
 /// Address space of the process that reads forged repositories.
 const MEMORY_KIB: u64 = 1_300_000;
 /// Where forged tablespaces may be.
@@ -496,7 +498,7 @@ fn manifests_that_no_backup_has_are_damaged_in_little_memory() {
         return;
     }
     let origin = Origin::new();
-    let changes: [(&str, fn(&mut Forgery)); 13] = [
+    let changes: [(&str, Change); 13] = [
         ("packs", |forgery| {
             let pack = forgery.manifest.packs[0];
             forgery.manifest.packs = vec![PackInfo { len: u64::MAX, ..pack }; 10];
