@@ -50,8 +50,8 @@ use crate::pg::{BackupLabel, ClusterState, ControlFile, Lsn, RelationFile, Timel
 use crate::progress::{Phase, Progress};
 use crate::repo::{
     BackupId, BackupSummary, BackupType, ByteString, Catalog, ClusterName, CorruptPage, FORMAT_VERSION, FileEntry,
-    FileKind, Lease, LeaseRequest, Manifest, Operation, PackKind, PackName, Packer, PagePlace, Repository, Setting,
-    Stack, TableCursor, TableWriter, TablespaceLocation, WalSpan, with_lengths,
+    FileKind, Lease, LeaseRequest, MAX_CORRUPT_PAGES, Manifest, Operation, PackKind, PackName, Packer, PagePlace,
+    Repository, Setting, Stack, TableCursor, TableWriter, TablespaceLocation, WalSpan, with_lengths,
 };
 use crate::source::{DataDir, Entry, EntryKind, Environment, FileSetting, Listing, Session, Tablespace};
 
@@ -59,8 +59,6 @@ use crate::source::{DataDir, Entry, EntryKind, Environment, FileSetting, Listing
 const ATTEMPTS: u32 = 3;
 /// How long the server may take to write the WAL of the backup's end to disk.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(60);
-/// Damaged pages that are listed at most; the first ones tell which disk it is.
-const MAX_CORRUPT_PAGES: usize = 10_000;
 
 /// What to compare with.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -771,7 +769,7 @@ impl<'r, 'p> Run<'r, 'p> {
         let taken_over: u64 = taken_over.sum();
         let lengths: HashMap<PackName, u64> =
             inherited.chain(&own).chain(salvaged).map(|pack| (pack.name, pack.len)).collect();
-        manifest.packs = with_lengths(&needed, |pack| lengths.get(pack).copied())?;
+        manifest.packs = with_lengths(&self.plan.options.cluster, &needed, |pack| lengths.get(pack).copied())?;
         manifest.sequence = self.plan.repo.catalog(&manifest.cluster)?.next_sequence();
         manifest.stop_time = whole_second(Timestamp::now());
         manifest.duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);

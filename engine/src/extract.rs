@@ -7,9 +7,9 @@
 //! add       what the operation wants besides; PostgreSQL's backup_manifest
 //! ```
 //!
-//! A file table is not trusted: paths that lead out of the target, that are there twice or out of order, and block maps longer than
-//! their file are refused before anything is written.
+//! What a repository says is not trusted: what `admit.rs` does not admit is refused before anything is written.
 
+mod admit;
 mod chunks;
 mod crc;
 mod tree;
@@ -22,6 +22,7 @@ use std::io::BufWriter;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use self::admit::Admission;
 pub(crate) use self::chunks::{Opened, Sink, TargetFile, Writer};
 pub(crate) use self::tree::{Choice, Tree, Written};
 use self::unlogged::Unlogged;
@@ -30,7 +31,7 @@ use crate::os::resolve;
 use crate::pg::{
     MajorVersion, PgFileChecksum, PgManifestFile, PgManifestWriter, TablespaceMap, TablespaceOid, WalRange,
 };
-use crate::repo::{BackupSummary, ClusterName, FileEntry, FileKind, Manifest, PART_BLOCKS, Repository, read_page};
+use crate::repo::{BackupSummary, ClusterName, FileEntry, FileKind, Manifest, Repository, read_page};
 use crate::source::PostmasterPid;
 use crate::target::{MARK, Owner};
 
@@ -89,6 +90,7 @@ impl<'r> Chosen<'r> {
             let hint = "`pgstrata verify` tells which backups are whole; take one of them";
             return Err(Error::corrupt(object.as_str(), fault).hint(hint));
         }
+        admit::backup_label(&manifest)?;
         Ok(Self { repo, backup, manifest, starts_as_it_is: false })
     }
 
@@ -98,35 +100,23 @@ impl<'r> Chosen<'r> {
     /// `Corrupt` for a file table that contradicts itself; and those of `take`.
     pub fn entries(&self, mut take: impl FnMut(FileEntry) -> Result<()>) -> Result<()> {
         let mut unlogged = self.starts_as_it_is.then(|| Unlogged::new(&self.manifest));
-        let mut last_path: Option<Vec<u8>> = None;
+        let mut admission = Admission::new(&self.manifest);
         for page in &self.manifest.pages {
             for entry in read_page(&**self.repo.store(), &self.manifest.cluster, page)?.entries {
-                if last_path.as_ref().is_some_and(|last| *last >= entry.path) {
-                    return Err(Error::corrupt(entry.display_path(), "the file table is out of order"));
-                }
-                last_path = Some(entry.path.clone());
-                self.parts_must_fit(&entry)?;
+                admission.admit(&entry)?;
                 let made = unlogged.as_mut().and_then(|unlogged| unlogged.main_fork(&entry));
                 take(entry)?;
                 made.map_or(Ok(()), &mut take)?;
             }
         }
-        Ok(())
-    }
-
-    /// A file's maps must not have more blocks than its length says.
-    fn parts_must_fit(&self, entry: &FileEntry) -> Result<()> {
-        let blocks = entry.len.div_ceil(u64::from(self.manifest.block_size));
-        if entry.parts.len() as u64 > blocks.div_ceil(u64::from(PART_BLOCKS)) {
-            return Err(Error::corrupt(entry.display_path(), "the file has more block maps than blocks"));
-        }
-        Ok(())
+        admission.end()
     }
 
     /// Where the tablespaces outside the data directory go; `map` has new places by the old ones.
     ///
     /// # Errors
-    /// `Invalid` for a map that names what the backup does not have, or one directory twice.
+    /// `Invalid` for a map that names what the backup does not have, or one directory twice; `Corrupt` for a directory that PostgreSQL would not
+    /// have taken, unless it is mapped.
     pub fn tablespaces(&self, map: &[(PathBuf, PathBuf)]) -> Result<BTreeMap<TablespaceOid, PathBuf>> {
         let mut unused: BTreeSet<&Path> = map.iter().map(|(old, _)| old.as_path()).collect();
         if unused.len() != map.len() {
@@ -136,7 +126,11 @@ impl<'r> Chosen<'r> {
         for tablespace in &self.manifest.tablespaces {
             let Some(location) = &tablespace.location else { continue };
             let old = Path::new(OsStr::from_bytes(&location.0));
-            let new = map.iter().find(|(from, _)| from == old).map_or(old, |(_, to)| to);
+            let new = map.iter().find(|(from, _)| from == old).map(|(_, to)| to.as_path());
+            if new.is_none() {
+                admit::tablespace_place(tablespace.oid, &location.0)?;
+            }
+            let new = new.unwrap_or(old);
             unused.remove(old);
             places.insert(TablespaceOid::new(tablespace.oid), new.to_owned());
         }
@@ -154,19 +148,21 @@ impl<'r> Chosen<'r> {
         })
     }
 
-    /// PostgreSQL's `tablespace_map` with the directories `place` names for some: recovery makes the links anew by it. `None` if the
-    /// backup has none.
+    /// PostgreSQL's `tablespace_map` with the directories that `place` names: recovery makes the links anew by it. `None` if the backup has
+    /// none. One that has no place, as it was dropped before its files were read, is left out: its link would lead to where the original has it.
     ///
     /// # Errors
     /// `Corrupt` if it makes no sense, `Unsupported` if a directory cannot be written in it.
     pub fn tablespace_map(&self, place: impl Fn(TablespaceOid) -> Option<PathBuf>) -> Result<Option<Vec<u8>>> {
         let Some(map) = &self.manifest.tablespace_map else { return Ok(None) };
         let major = self.major()?;
-        let map = TablespaceMap::parse(&map.0, major)?.remap(|oid, old| {
-            let new = place(oid).map(|path| path.as_os_str().as_bytes().to_vec());
-            Ok(new.unwrap_or_else(|| old.to_vec()))
-        })?;
-        map.encode(major).map(Some)
+        let mut placed = TablespaceMap::default();
+        for (oid, _) in TablespaceMap::parse(&map.0, major)?.iter() {
+            if let Some(path) = place(oid) {
+                placed.set_location(oid, path.as_os_str().as_bytes().to_vec())?;
+            }
+        }
+        placed.encode(major).map(Some)
     }
 
     /// PostgreSQL's major version.
@@ -227,8 +223,7 @@ impl<'r> Chosen<'r> {
 /// # Errors
 /// `Invalid`, with the reason.
 pub(crate) fn must_be_usable(repo: &Repository, target: &Path) -> Result<()> {
-    must_not_overlap(repo, target)?;
-    must_not_be_in_a_cluster(target)?;
+    must_lie_apart(repo, target)?;
     match PostmasterPid::read(target)?.filter(PostmasterPid::is_alive) {
         Some(pid) => {
             let what = format!("a server (process {}) runs on {}", pid.pid, target.display());
@@ -238,8 +233,17 @@ pub(crate) fn must_be_usable(repo: &Repository, target: &Path) -> Result<()> {
     }
 }
 
+/// Refuses a directory that lies in the repository or in a cluster.
+///
+/// # Errors
+/// `Invalid`, with the reason.
+pub(crate) fn must_lie_apart(repo: &Repository, target: &Path) -> Result<()> {
+    must_not_overlap(repo, target)?;
+    must_not_be_in_a_cluster(target)
+}
+
 /// A target in the repository would be lost with it, and the other way round.
-pub(crate) fn must_not_overlap(repo: &Repository, target: &Path) -> Result<()> {
+fn must_not_overlap(repo: &Repository, target: &Path) -> Result<()> {
     let (repo, target) = (resolve(Path::new(repo.place()))?, resolve(target)?);
     if repo.starts_with(&target) || target.starts_with(&repo) {
         let what = format!("the target {} and the repository {} lie in each other", target.display(), repo.display());

@@ -13,6 +13,7 @@ pub mod error;
 pub mod expire;
 pub mod export;
 mod extract;
+pub mod fuzz;
 pub mod merge;
 mod os;
 pub mod pg;

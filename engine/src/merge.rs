@@ -273,7 +273,7 @@ impl<'r, 'p> Run<'r, 'p> {
             detector: "merge".to_owned(),
             detector_reason: format!("made from {}", self.source.id),
             note: self.options.note.clone().or_else(|| self.source.note.clone()).filter(|note| !note.is_empty()),
-            packs: with_lengths(&needed, |pack| lengths.get(pack).copied())?,
+            packs: with_lengths(&self.source.cluster, &needed, |pack| lengths.get(pack).copied())?,
             pages,
             ..self.source
         };

@@ -86,6 +86,7 @@ impl fmt::Display for Plan<'_> {
 /// `Missing` or `Corrupt` for the backup, `Invalid` for a target in use, `Unavailable` for one without room.
 pub fn plan<'r>(repo: &'r Repository, cluster: &ClusterName, backup: &str, options: &Options) -> Result<Plan<'r>> {
     let chosen = Chosen::find(repo, cluster, backup)?;
+    config::must_be_settings(&chosen.manifest.settings)?;
     let tree = Tree::plan(chosen, &options.target, &options.tablespace_map, &choose)?;
     Ok(Plan { tree, options: options.clone() })
 }

@@ -28,6 +28,7 @@ use crate::repo::{
     BackupSummary, ChunkRef, ClusterName, DataPack, Depth, FileEntry, Layer, LayerPlace, Lease, LeaseRequest, Manifest,
     Operation, PackInfo, PackKind, PackName, Place, Repository, check_pack, pack_fault, read_page,
 };
+use crate::store::ObjectName;
 
 /// Files named for each damaged object at most.
 const MAX_FILES: usize = 100;
@@ -229,7 +230,10 @@ impl<'r> Verifier<'r> {
         let mut packs: BTreeMap<PackName, (u64, Vec<usize>)> = BTreeMap::new();
         for (index, (_, manifest)) in backups.iter().enumerate() {
             for PackInfo { name, len } in &manifest.packs {
-                packs.entry(*name).or_insert((*len, Vec::new())).1.push(index);
+                let users = &mut packs.entry(*name).or_insert((*len, Vec::new())).1;
+                if users.last() != Some(&index) {
+                    users.push(index);
+                }
             }
         }
         let objects_checked = AtomicU64::new((backups.len() + unreadable.len()) as u64);
@@ -272,11 +276,14 @@ impl<'r> Verifier<'r> {
     /// Looks whether each pack is there, with its length.
     fn check_presence(&mut self) -> Result<()> {
         let present = self.repo.packs(&self.cluster)?;
-        for (name, (len, users)) in &self.packs {
-            let object = name.object(&self.cluster)?;
-            let Some(problem) = pack_fault(&present, &object, *len) else { continue };
-            self.found(object.as_str(), problem, users, &[]);
-            self.absent.insert(*name);
+        // Each manifest for itself: they may disagree.
+        for (index, (_, manifest)) in self.backups.iter().enumerate() {
+            for PackInfo { name, len } in &manifest.packs {
+                let object = name.object(&self.cluster)?;
+                let Some(problem) = pack_fault(&present, &object, *len) else { continue };
+                self.found(object.as_str(), problem, &[index], &[]);
+                self.absent.insert(*name);
+            }
         }
         self.objects_checked.fetch_add(self.packs.len() as u64, Ordering::Relaxed);
         Ok(())
@@ -301,7 +308,10 @@ impl<'r> Verifier<'r> {
                 let object = page.place.pack.object(&self.cluster)?;
                 self.pages.push(vec![index]);
                 match read {
-                    Ok(page) => self.gather(index, number, page.entries, &mut known_stacks),
+                    Ok(page) => {
+                        self.packs_must_be_named(index, &object, &page.packs);
+                        self.gather(index, number, page.entries, &mut known_stacks);
+                    }
                     Err(error) => {
                         let users = self.packs.get(&key.0).map_or(&[][..], |(_, users)| users);
                         self.note(object.as_str(), error, users, &[])?;
@@ -310,6 +320,14 @@ impl<'r> Verifier<'r> {
             }
         }
         self.name_files_of_absent_packs()
+    }
+
+    /// A pack that the manifest does not name is not looked at, so nothing may refer to it.
+    fn packs_must_be_named(&self, backup: usize, page: &ObjectName, packs: &[PackName]) {
+        if packs.iter().any(|pack| !self.packs.contains_key(pack)) {
+            let problem = "a page of the file table refers to a pack that the manifest does not name".to_owned();
+            self.found(page.as_str(), problem, &[backup], &[]);
+        }
     }
 
     fn gather(
@@ -412,7 +430,7 @@ impl<'r> Verifier<'r> {
                 if entry.stacks.last() != Some(&index) {
                     entry.stacks.push(index);
                 }
-                let same = (entry.chunk.id, entry.chunk.stored_len) == (chunk.id, chunk.stored_len)
+                let same = entry.chunk.is_same_chunk(&chunk)
                     && these.iter().zip(usize::from(extent.first)..).all(|(fingerprint, block)| {
                         let known = entry.fingerprints[block].get_or_insert(*fingerprint);
                         known == fingerprint
@@ -431,7 +449,7 @@ impl<'r> Verifier<'r> {
     /// The flattened block map of a stack; `None` if it is damaged, which is noted.
     fn flatten(&self, stack: &Stack) -> Result<Option<Layer>> {
         let manifest = &self.backups[stack.manifest].1;
-        let part = crate::repo::PartMap { layers: stack.layers.clone(), data: Vec::new() };
+        let part = crate::repo::PartMap { layers: stack.layers.clone(), data: stack.data.clone() };
         let flat = self.repo.flatten(manifest, &part, Depth::Fingerprints);
         let damaged = match flat {
             Ok(layer) if layer.locations.stored_blocks() == layer.fingerprints.len() as u64 => return Ok(Some(layer)),

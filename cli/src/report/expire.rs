@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 
 use engine::expire::Report;
 
+use super::on_one_line;
 use crate::units::{count, seconds, size};
 
 /// A line for each backup, then what that frees.
@@ -18,7 +19,7 @@ pub fn expire(done: &Report) -> String {
         let _ = writeln!(text, "goes   {id}  unreadable");
     }
     for kept in &done.kept {
-        let _ = writeln!(text, "stays  {}  {}", kept.id, kept.reasons.join(", "));
+        let _ = writeln!(text, "stays  {}  {}", kept.id, on_one_line(&kept.reasons.join(", ")));
     }
     for (name, value) in [("goes", goes(done)), ("frees", size(done.bytes_freed)), ("stays", stays(done))] {
         let _ = writeln!(text, "  {name:<6} {value}");

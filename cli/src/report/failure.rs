@@ -7,7 +7,7 @@ use clap::error::{ContextKind, ContextValue};
 use engine::{Error, ErrorKind};
 use serde::Serialize;
 
-use super::Printer;
+use super::{Printer, printable};
 use crate::exit_codes::Exit;
 
 /// Why a run did not do what was asked.
@@ -90,16 +90,21 @@ pub fn print_failure(failure: &Failure, json: bool) {
 
 /// An error line and its hints on standard error.
 pub fn print_error(text: &str, hint: Option<&str>) {
-    let mut lines = format!("error: {}\n", redact(text));
+    let mut lines = format!("error: {}\n", presentable(text));
     for hint in hint.unwrap_or_default().lines() {
-        let _ = writeln!(lines, "hint: {}", redact(hint));
+        let _ = writeln!(lines, "hint: {}", presentable(hint));
     }
     let _ = std::io::stderr().write_all(lines.as_bytes());
 }
 
 /// Something to read that is no error, on standard error.
 pub fn print_notice(text: &str) {
-    print_line(&format!("note: {}", redact(text)));
+    print_line(&format!("note: {}", presentable(text)));
+}
+
+/// `text` without passwords and without what a terminal obeys; its second line and those after it cannot be taken for lines of ours.
+fn presentable(text: &str) -> String {
+    printable(&redact(text)).replace('\n', "\n    ")
 }
 
 /// A line of its own on standard error.
@@ -231,6 +236,11 @@ mod tests {
             "kind": "corrupt", "message": "the pack is 10 bytes long, not 20: no more", "place": "packs/12", "hint": "verify it"
         }});
         assert_eq!(document, wanted);
+    }
+
+    #[test]
+    fn an_error_that_comes_from_elsewhere_is_no_command_and_no_line_of_ours() {
+        assert_eq!(presentable("a\u{1b}[2J\nerror: b"), "a\\u{1b}[2J\n    error: b");
     }
 
     #[test]

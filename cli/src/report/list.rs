@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use engine::repo::{BackupId, BackupSummary};
 
-use super::corrupt_pages;
+use super::{corrupt_pages, on_one_line};
 use crate::units::{count, duration, size};
 
 /// The columns that a narrow terminal does without, the first to go first.
@@ -20,10 +20,10 @@ pub fn list(backups: &[BackupSummary], bytes_in_repository: u64, width: Option<u
         return "no backups yet\n".to_owned();
     }
     let head = ["id", "type", "started (UTC)", "took", "cluster", "stored", "changed", "parent", "detector"];
-    let rows: Vec<_> = backups.iter().map(row).collect();
+    let rows: Vec<_> = backups.iter().map(|backup| row(backup).map(|cell| on_one_line(&cell))).collect();
     let mut columns: Vec<Column> = (0..head.len())
         .map(|index| {
-            let cells = rows.iter().map(|row| row[index].len());
+            let cells = rows.iter().map(|row| row[index].chars().count());
             Column { index, width: cells.chain([head[index].len()]).max().unwrap_or(0) }
         })
         .collect();
@@ -36,7 +36,7 @@ pub fn list(backups: &[BackupSummary], bytes_in_repository: u64, width: Option<u
     for (row, backup) in rows.iter().zip(backups) {
         text += &line(row, &columns);
         if let Some(remarks) = remarks(backup) {
-            let _ = writeln!(text, "    {remarks}");
+            let _ = writeln!(text, "    {}", on_one_line(&remarks));
         }
     }
     let _ =
@@ -144,7 +144,7 @@ pub fn details(backup: &BackupSummary) -> String {
     ];
     let mut text = String::new();
     for (name, value) in facts {
-        let _ = writeln!(text, "{name:<13} {value}");
+        let _ = writeln!(text, "{name:<13} {}", on_one_line(&value));
     }
     text + &corrupt_pages(backup)
 }

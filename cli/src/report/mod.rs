@@ -34,6 +34,29 @@ pub fn shell_word(text: &str) -> String {
     }
 }
 
+/// `text` as a terminal may have it: what is no character of a text, but moves the cursor, colours, or turns the direction of writing, is written
+/// out (`\u{1b}`). Line breaks stay.
+///
+/// What a repository says comes from whoever wrote it, and so does what a server says.
+pub fn printable(text: &str) -> String {
+    let is_harmless = |c: char| c == '\n' || !(c.is_control() || is_invisible(c));
+    if text.chars().all(is_harmless) {
+        return text.to_owned();
+    }
+    text.chars().map(|c| if is_harmless(c) { c.to_string() } else { c.escape_default().to_string() }).collect()
+}
+
+/// The same on one line.
+pub fn on_one_line(text: &str) -> String {
+    printable(text).replace('\n', r"\n")
+}
+
+/// Marks of direction and format, which have no shape of their own.
+fn is_invisible(c: char) -> bool {
+    matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}')
+        || matches!(c, '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+}
+
 /// The options that lead a command to a cluster's backups.
 pub fn whereabouts(repo: &Path, cluster: &ClusterName) -> String {
     let repo = shell_word(&repo.display().to_string());
@@ -53,7 +76,7 @@ pub struct Printer {
 impl Printer {
     /// `value` as a document, or the text that says the same.
     pub fn document(self, value: &impl Serialize, text: impl FnOnce() -> String) -> Result<(), Failure> {
-        let text = if self.json { to_json(value)? } else { text() };
+        let text = if self.json { to_json(value)? } else { printable(&text()) };
         let written = std::io::stdout().write_all(text.as_bytes()).and_then(|()| std::io::stdout().flush());
         match written {
             Err(error) if error.kind() != IoErrorKind::BrokenPipe => {
@@ -75,9 +98,24 @@ impl Printer {
 
 fn to_json(value: &impl Serialize) -> Result<String, Failure> {
     match serde_json::to_string_pretty(value) {
-        Ok(text) => Ok(text + "\n"),
+        Ok(text) => Ok(with_escapes(&text) + "\n"),
         Err(error) => Err(Error::bug("a report cannot be written as JSON").because(error).into()),
     }
+}
+
+/// A JSON document in which the characters that JSON allows and [`printable`] does not are escaped; they stand in strings only.
+fn with_escapes(document: &str) -> String {
+    let mut text = String::with_capacity(document.len());
+    for c in document.chars() {
+        if c == '\n' || !(c.is_control() || is_invisible(c)) {
+            text.push(c);
+        } else {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                let _ = write!(text, "\\u{unit:04x}");
+            }
+        }
+    }
+    text
 }
 
 /// The document of `init`.
@@ -106,7 +144,8 @@ fn corrupt_pages(backup: &BackupSummary) -> String {
     for page in &backup.corrupt_pages {
         let (locator, fork, block) = (&page.relation, &page.fork, page.block);
         let relation = page.name.as_ref().map_or(locator.clone(), |name| format!("{name} ({locator})"));
-        let _ = writeln!(text, "    {relation} fork {fork} block {block}: {} ({})", page.reason, page.file);
+        let line = format!("{relation} fork {fork} block {block}: {} ({})", page.reason, page.file);
+        let _ = writeln!(text, "    {}", on_one_line(&line));
     }
     text
 }
@@ -114,7 +153,7 @@ fn corrupt_pages(backup: &BackupSummary) -> String {
 /// The first few names of a list, and how many more there are; JSON has them all.
 fn some_of(names: &[String]) -> String {
     const SHOWN: usize = 8;
-    let shown = names[..names.len().min(SHOWN)].join(", ");
+    let shown = on_one_line(&names[..names.len().min(SHOWN)].join(", "));
     match names.len() {
         0 => "none".to_owned(),
         n if n > SHOWN => format!("{shown} and {} more", n - SHOWN),
@@ -192,6 +231,81 @@ mod tests {
 
     pub fn lines(text: &str) -> Vec<&str> {
         text.lines().collect()
+    }
+
+    #[test]
+    fn nothing_that_a_repository_says_reaches_the_terminal_as_a_command() {
+        let hostile = "\u{1b}[2J\u{9b}31m\r\nok      all\u{202e}\u{7f}\u{0}";
+        let page = CorruptPage {
+            file: hostile.to_owned(),
+            relation: hostile.to_owned(),
+            name: Some(hostile.to_owned()),
+            fork: hostile.to_owned(),
+            block: 0,
+            reason: hostile.to_owned(),
+        };
+        let backup = BackupSummary {
+            detector: hostile.to_owned(),
+            detector_reason: hostile.to_owned(),
+            postgres_version: hostile.to_owned(),
+            system_identifier: hostile.to_owned(),
+            note: Some(hostile.to_owned()),
+            tablespaces: vec![TablespaceLocation { oid: 1, location: Some(ByteString(hostile.as_bytes().to_vec())) }],
+            corrupt_pages: vec![page],
+            ..incremental()
+        };
+        let plain =
+            BackupSummary { corrupt_pages: incremental().corrupt_pages, note: Some("x".to_owned()), ..incremental() };
+        let damage = |text: &str| engine::verify::Damage {
+            object: text.to_owned(),
+            problem: text.to_owned(),
+            backups: vec![text.to_owned()],
+            files: vec![text.to_owned()],
+        };
+        let verified = |backup: &BackupSummary, text: &str| engine::verify::Report {
+            backups: vec![engine::verify::VerifiedBackup { backup: backup.clone(), ok: false }],
+            damage: vec![damage(text)],
+            objects_checked: 0,
+            seconds: 0.0,
+            bytes_read: 0,
+            bytes_written: 0,
+        };
+        let restored = |backup: &BackupSummary| engine::restore::Report {
+            backup: backup.clone(),
+            target: "/srv".into(),
+            seconds: 0.0,
+            bytes_read: 0,
+            bytes_written: 0,
+        };
+        let backed_up = |backup: &BackupSummary| engine::backup::Report {
+            backup: BackupSummary { parent: None, ..backup.clone() },
+            seconds: 0.0,
+            bytes_read: 0,
+            bytes_written: 0,
+            repository_damage: Vec::new(),
+        };
+        let texts = |summary: &BackupSummary, text: &str| {
+            [
+                list(std::slice::from_ref(summary), 0, None),
+                details(summary),
+                verify(&verified(summary, text), false),
+                restore(&restored(summary)),
+                super::backup(&backed_up(summary), Path::new("/repo")),
+            ]
+        };
+        for (told, sound) in texts(&backup, hostile).into_iter().zip(texts(&plain, "x")) {
+            let told = printable(&told);
+            assert!(!told.chars().any(|c| (c.is_control() && c != '\n') || is_invisible(c)), "{told:?}");
+            assert_eq!(told.lines().count(), sound.lines().count(), "{told}");
+        }
+    }
+
+    #[test]
+    fn a_json_document_says_everything_without_bytes_that_a_terminal_obeys() {
+        let hostile = "a\u{1b}\u{9b}\u{7f}\u{202e}\u{e0041}\n\u{e4}";
+        let document = to_json(&hostile).unwrap();
+        assert_eq!(document, "\"a\\u001b\\u009b\\u007f\\u202e\\udb40\\udc41\\n\u{e4}\"\n");
+        assert_eq!(serde_json::from_str::<String>(&document).unwrap(), hostile);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::Path;
 use engine::export::FileFormat;
 use engine::repo::BackupSummary;
 
-use super::{corrupt_pages, shell_word, some_of, whereabouts};
+use super::{corrupt_pages, on_one_line, shell_word, some_of, whereabouts};
 use crate::units::{count, rate, seconds, size};
 
 /// What a backup did and why, and what comes next.
@@ -21,7 +21,7 @@ pub fn backup(done: &engine::backup::Report, repo: &Path) -> String {
         ("WAL", format!("{} to {}, {}", backup.start_lsn, backup.stop_lsn, size(backup.wal_bytes))),
     ];
     for (name, value) in facts {
-        let _ = writeln!(text, "  {name:<8} {value}");
+        let _ = writeln!(text, "  {name:<8} {}", on_one_line(&value));
     }
     text += &corrupt_pages(backup);
     if backup.parent.is_none() {
@@ -49,7 +49,7 @@ pub fn restore(done: &engine::restore::Report) -> String {
     let _ = writeln!(text, "  read     {}", size(done.bytes_read));
     let _ = writeln!(text, "  written  {}", size_and_rate(done.bytes_written, done.seconds));
     text += &corrupt_pages(&done.backup);
-    let major = done.backup.postgres_version.split('.').next().unwrap_or_default();
+    let major = on_one_line(done.backup.postgres_version.split('.').next().unwrap_or_default());
     let _ = writeln!(text, "start it with PostgreSQL {major}: pg_ctl -D {target} start");
     let _ = writeln!(text, "while its original runs on this host: pg_ctl -D {target} -o '-p 5433' start");
     text + "until it has recovered it refuses connections (\"Hot standby mode is disabled\"): pg_isready tells\n"
@@ -66,7 +66,7 @@ pub fn merge(done: &engine::merge::Report, repo: &Path) -> String {
         ("stored", format!("{} new, for a cluster of {}", size(backup.stored_bytes), size(backup.cluster_bytes))),
     ];
     for (name, value) in facts {
-        let _ = writeln!(text, "  {name:<8} {value}");
+        let _ = writeln!(text, "  {name:<8} {}", on_one_line(&value));
     }
     text += &corrupt_pages(backup);
     text + &how_to_restore(backup, repo)
@@ -123,7 +123,7 @@ pub fn verify(done: &engine::verify::Report, quick: bool) -> String {
         );
     }
     for damage in &done.damage {
-        let _ = writeln!(text, "damage: {}: {}", damage.object, damage.problem);
+        let _ = writeln!(text, "damage: {}", on_one_line(&format!("{}: {}", damage.object, damage.problem)));
         let _ = writeln!(text, "    backups: {}", some_of(&damage.backups));
         let _ = writeln!(text, "    files: {}", some_of(&damage.files));
     }

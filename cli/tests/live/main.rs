@@ -12,6 +12,7 @@ mod nights;
 mod quiesced;
 mod races;
 mod restore;
+mod secrets;
 mod smoke;
 mod standby;
 mod support;

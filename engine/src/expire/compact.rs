@@ -100,7 +100,7 @@ impl Vacating<'_> {
         let mut lengths = self.survey.referenced.clone();
         lengths.extend(own.iter().map(|pack| (pack.name, pack.len)));
         for (mut manifest, needed) in manifests {
-            manifest.packs = with_lengths(&needed, |pack| lengths.get(pack).copied())?;
+            manifest.packs = with_lengths(self.cluster, &needed, |pack| lengths.get(pack).copied())?;
             *committed = true;
             bytes_written += self.repo.commit(&manifest, self.lease)?;
         }
@@ -237,8 +237,13 @@ impl Vacating<'_> {
         }
         let (pages, needed) = table.finish()?;
         written.extend(pages.iter().map(|page| (page.id, page.clone())));
-        Ok((Manifest { edition: manifest.edition + 1, pages, ..manifest }, needed))
+        Ok((Manifest { edition: next_edition(&manifest)?, pages, ..manifest }, needed))
     }
+}
+
+fn next_edition(manifest: &Manifest) -> Result<u32> {
+    let too_many = || Error::corrupt(manifest.id.to_string(), "the manifest was written anew too often");
+    manifest.edition.checked_add(1).ok_or_else(too_many)
 }
 
 /// A part with those of its layers that were written anew.

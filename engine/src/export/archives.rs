@@ -38,7 +38,7 @@ use tar::{Builder, EntryType, Header};
 use super::files::archived_marks;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extract::{Choice, Chosen, Listed, Opened, Sink, TargetFile, Writer, Written, must_be_usable};
-use crate::pg::TablespaceOid;
+use crate::pg::{TablespaceOid, canonical_decimal};
 use crate::progress::{Phase, Progress};
 use crate::repo::{FileEntry, FileKind, TAKE_ANOTHER};
 use crate::target::{Owner, Target};
@@ -207,8 +207,7 @@ impl Layout {
     fn in_tablespace<'p>(&self, path: &'p [u8]) -> Option<(usize, &'p [u8])> {
         let below = path.strip_prefix(b"pg_tblspc/")?;
         let (oid, rest) = below.split_at(below.iter().position(|byte| *byte == b'/').unwrap_or(below.len()));
-        let oid = std::str::from_utf8(oid).ok()?.parse().ok()?;
-        Some((*self.tablespaces.get(&TablespaceOid::new(oid))?, rest))
+        Some((*self.tablespaces.get(&TablespaceOid::new(canonical_decimal(oid)?))?, rest))
     }
 
     fn add(&mut self, chosen: &Chosen<'_>, entry: FileEntry) -> Result<()> {

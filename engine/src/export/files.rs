@@ -131,7 +131,7 @@ pub fn plan_files<'r>(
     let left_out = RefCell::new(Vec::new());
     let choose = |_: &Manifest, _: &[TargetFile], entry: FileEntry| {
         if entry.kind == FileKind::External {
-            left_out.borrow_mut().push(entry.display_path().trim_start_matches('/').to_owned());
+            left_out.borrow_mut().push(entry.display_path().trim_start_matches('/').escape_debug().to_string());
         }
         belongs(&entry).then_some(entry)
     };

@@ -309,7 +309,7 @@ impl<'a> Exporter<'a> {
             sequence,
             edition: 0,
             own_bytes: own.iter().map(|pack| pack.len).sum(),
-            packs: with_lengths(&needed, |pack| lengths.get(pack).copied())?,
+            packs: with_lengths(&self.source.cluster, &needed, |pack| lengths.get(pack).copied())?,
             pages,
             ..self.source.clone()
         };

@@ -176,9 +176,22 @@ impl<'a> Writer<'a> {
             let parts = file.entry.parts.iter().enumerate().filter(move |(_, part)| needs(part));
             parts.map(move |(number, part)| {
                 let flat = self.repo.flatten(self.manifest, part, Depth::Locations)?;
-                Ok((index as u32, number as u64 * u64::from(PART_BLOCKS), flat))
+                let first_block = number as u64 * u64::from(PART_BLOCKS);
+                self.map_must_fit(file, first_block, &flat)?;
+                Ok((index as u32, first_block, flat))
             })
         })
+    }
+
+    /// A map has as many blocks as the file has in that part.
+    fn map_must_fit(&self, file: &TargetFile, first_block: u64, map: &Layer) -> Result<()> {
+        let blocks = file.entry.len.div_ceil(u64::from(self.manifest.block_size)).saturating_sub(first_block);
+        let (found, expected) = (map.locations.block_count, blocks.min(u64::from(PART_BLOCKS)));
+        if u64::from(found) == expected {
+            return Ok(());
+        }
+        let what = format!("a block map of {found} blocks where the file has {expected}");
+        Err(Error::corrupt(file.entry.display_path(), what))
     }
 
     /// The chunks of a window of packs and their pieces; `None` if they are too many, which they may not be in a given window.
@@ -202,17 +215,23 @@ impl<'a> Writer<'a> {
         for (pack, chunk, piece) in all {
             match jobs.last_mut() {
                 Some(job) if job.pack == pack && job.chunk.offset == chunk.offset => {
-                    if (job.chunk.id, job.chunk.stored_len) != (chunk.id, chunk.stored_len) {
-                        let object = data_object(self.manifest, pack)?;
-                        let what = "two block maps disagree about a chunk";
-                        return Err(Error::corrupt(format!("{object} at {}", chunk.offset), what));
+                    if !job.chunk.is_same_chunk(&chunk) {
+                        return Err(self.disagreement(pack, &chunk)?);
                     }
                     job.pieces.push(piece);
+                }
+                Some(job) if job.pack == pack && job.chunk.end() > chunk.offset => {
+                    return Err(self.disagreement(pack, &chunk)?);
                 }
                 _ => jobs.push(Job { pack, chunk, pieces: vec![piece] }),
             }
         }
         Ok(Some(jobs))
+    }
+
+    fn disagreement(&self, pack: DataPack, chunk: &ChunkRef) -> Result<Error> {
+        let object = data_object(self.manifest, pack)?;
+        Ok(Error::corrupt(format!("{object} at {}", chunk.offset), "two block maps disagree about a chunk"))
     }
 
     /// Packs in order, cut so that each window's pieces are few enough; one pack makes a window, however many it has.

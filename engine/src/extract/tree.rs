@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use super::{Chosen, Listed, Opened, Sink, TargetFile, Writer, must_be_usable, must_not_overlap};
+use super::{Chosen, Listed, Opened, Sink, TargetFile, Writer, must_be_usable, must_lie_apart};
 use crate::error::{ErrorKind, Result};
 use crate::pg::TablespaceOid;
 use crate::progress::{Phase, Progress};
@@ -54,7 +54,7 @@ impl<'r> Tree<'r> {
     pub fn plan(chosen: Chosen<'r>, target: &Path, map: &[(PathBuf, PathBuf)], choose: &Choice<'_>) -> Result<Self> {
         must_be_usable(chosen.repo, target)?;
         let target = Target::new(target, chosen.tablespaces(map)?)?;
-        target.roots().try_for_each(|root| must_not_overlap(chosen.repo, root))?;
+        target.roots().try_for_each(|root| must_lie_apart(chosen.repo, root))?;
         let (mut directories, mut files) = (Vec::new(), Vec::new());
         chosen.entries(|entry| {
             if entry.kind == FileKind::Directory {
@@ -178,7 +178,13 @@ impl fmt::Display for Tree<'_> {
         for tablespace in &manifest.tablespaces {
             let oid = TablespaceOid::new(tablespace.oid);
             if let (Some(old), Some(new)) = (&tablespace.location, self.target.tablespace(oid)) {
-                write!(f, "\n  tablespace {oid}: {} -> {}", String::from_utf8_lossy(&old.0), new.display())?;
+                let old = String::from_utf8_lossy(&old.0);
+                write!(
+                    f,
+                    "\n  tablespace {oid}: {} -> {}",
+                    old.escape_debug(),
+                    new.display().to_string().escape_debug()
+                )?;
             }
         }
         Ok(())

@@ -23,7 +23,7 @@ pub(super) fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
 /// The number that these ASCII decimal digits write, if they are digits only, without a leading zero, and fit.
 ///
 /// With leading zeros refused there is one text for each number, as PostgreSQL's file names need it.
-pub(super) fn canonical_decimal(digits: &[u8]) -> Option<u32> {
+pub(crate) fn canonical_decimal(digits: &[u8]) -> Option<u32> {
     let canonical = matches!(digits.first(), Some(b'1'..=b'9')) && digits.iter().all(u8::is_ascii_digit);
     canonical.then(|| std::str::from_utf8(digits).ok()?.parse().ok()).flatten()
 }

@@ -21,6 +21,7 @@ mod relmap;
 mod wal;
 
 pub use backup_label::{BackupLabel, BackupMethod, BackupOrigin, IncrementalFrom, TablespaceMap};
+pub(crate) use bytes::canonical_decimal;
 pub use control::{CatalogVersion, ClusterState, ControlFile, MajorVersion, SystemIdentifier, WalLevel};
 pub use history::{TimelineHistory, TimelineSpan, history_file_name, parse_history_file_name};
 pub use lsn::{Lsn, ParseLsnError, TimelineId};

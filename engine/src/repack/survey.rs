@@ -91,8 +91,7 @@ impl Mover<'_> {
 
     /// Refuses two accounts of one chunk that differ.
     pub(super) fn check_agreement(&self, pack: DataPack, one: &ChunkRef, other: &ChunkRef) -> Result<()> {
-        let account = |chunk: &ChunkRef| (chunk.id, chunk.stored_len, chunk.block_count, chunk.codec);
-        if account(one) == account(other) { Ok(()) } else { Err(self.disagreement(pack, one.offset)) }
+        if one.is_same_chunk(other) { Ok(()) } else { Err(self.disagreement(pack, one.offset)) }
     }
 
     fn disagreement(&self, pack: DataPack, offset: u64) -> Error {

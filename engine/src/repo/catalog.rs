@@ -85,7 +85,7 @@ impl BackupSummary {
             stop_time: manifest.stop_time,
             duration_ms: manifest.duration_ms,
             cluster_bytes: manifest.cluster_bytes,
-            stored_bytes: manifest.own_bytes + manifest_len,
+            stored_bytes: manifest.own_bytes.saturating_add(manifest_len),
             blocks_changed: manifest.blocks_changed,
             detector: manifest.detector.clone(),
             detector_reason: manifest.detector_reason.clone(),
@@ -186,7 +186,7 @@ impl Catalog {
 
     /// The sequence number of the next backup.
     pub fn next_sequence(&self) -> u64 {
-        self.moments.iter().map(|moment| moment.sequence).max().unwrap_or(0) + 1
+        self.moments.iter().map(|moment| moment.sequence).max().unwrap_or(0).saturating_add(1)
     }
 
     /// The sequence number for a backup that began at `start_time` and comes from elsewhere, where it has the number `sequence`: it comes
@@ -206,7 +206,7 @@ impl Catalog {
     /// The number of the next backup that is made from one with this sequence number.
     pub fn next_synthesis(&self, sequence: u64) -> u32 {
         let of_moment = self.moments.iter().filter(|moment| moment.sequence == sequence);
-        of_moment.map(|moment| moment.synthesis).max().unwrap_or(0) + 1
+        of_moment.map(|moment| moment.synthesis).max().unwrap_or(0).saturating_add(1)
     }
 
     /// The backup that `spec` names: an id, a unique prefix of one, `latest`, `oldest` or `latest-full`.

@@ -11,6 +11,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::names::BackupId;
+use super::pack::{MAX_PACK_LEN, RECORD_CHECK_LEN};
 use crate::chunk::{ChunkId, Codec, Fingerprint, MAX_RAW_LEN, Shape};
 use crate::error::{Error, Result};
 
@@ -41,6 +42,19 @@ pub struct ChunkRef {
     pub codec: Codec,
     /// What proves it.
     pub id: ChunkId,
+}
+
+impl ChunkRef {
+    /// Whether two block maps mean the same by what is at one place in one pack.
+    pub(crate) fn is_same_chunk(&self, other: &ChunkRef) -> bool {
+        let account = |chunk: &ChunkRef| (chunk.id, chunk.stored_len, chunk.block_count, chunk.codec);
+        account(self) == account(other)
+    }
+
+    /// Where its bytes end in the pack.
+    pub(crate) fn end(&self) -> u64 {
+        self.offset.saturating_add(self.stored_len.into())
+    }
 }
 
 /// A run of blocks of the part that are stored one after the other, or are all zero.
@@ -124,10 +138,11 @@ impl Locations {
             let raw_len = Shape { block_len, block_count: usize::from(chunk.block_count) }.raw_len();
             let stored_len = chunk.stored_len as usize;
             let fits = chunk.block_count > 0 && (raw_len <= MAX_RAW_LEN || chunk.block_count == 1);
-            if !fits || stored_len > raw_len || chunk.pack as usize >= self.packs.len() {
+            let is_in_pack = (chunk.pack as usize) < self.packs.len() && chunk.offset <= MAX_PACK_LEN;
+            if !fits || stored_len > raw_len || !is_in_pack {
                 return Err(format!(
-                    "a chunk of {} blocks, {stored_len} bytes, in pack {}",
-                    chunk.block_count, chunk.pack
+                    "a chunk of {} blocks, {stored_len} bytes, at {} in pack {}",
+                    chunk.block_count, chunk.offset, chunk.pack
                 ));
             }
         }
@@ -364,6 +379,11 @@ pub fn encode_fingerprints(fingerprints: &[Fingerprint]) -> Vec<u8> {
     fingerprints.iter().flat_map(|fingerprint| fingerprint.0).collect()
 }
 
+/// Bytes of the second record of a layer with so many blocks in chunks, checksum included; it is not there without any.
+pub fn fingerprints_len(count: u64) -> u64 {
+    if count == 0 { 0 } else { 16 * count + RECORD_CHECK_LEN as u64 }
+}
+
 /// Decodes the second record of a layer.
 ///
 /// # Errors
@@ -509,7 +529,9 @@ mod tests {
             change(&mut bad);
             Locations::decode(&bad.encode().unwrap(), 8192, "here").unwrap_err().kind()
         };
-        let changes: [fn(&mut Locations); 9] = [
+        let changes: [fn(&mut Locations); 11] = [
+            |l| l.chunks[0].offset = u64::MAX,
+            |l| l.chunks[0].offset = MAX_PACK_LEN + 1,
             |l| (l.block_count, l.limit) = (5, 5),
             |l| l.block_count = PART_BLOCKS + 1,
             |l| l.limit = 7,

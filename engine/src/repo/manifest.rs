@@ -8,18 +8,24 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::catalog::Editions;
 use super::names::{self, BackupId, ClusterName, PackKind, PackName};
-use super::pack::{PackInfo, Place};
+use super::pack::{MAX_PACK_LEN, PackInfo, Place};
 use super::table::PagePlace;
 use super::{FORMAT_VERSION, METADATA_LEVEL, Repository};
 use crate::chunk::hex;
 use crate::error::{Error, ErrorKind, Result};
-use crate::pg::{Lsn, TimelineId};
+use crate::pg::{Lsn, TimelineId, WalSegmentSize};
 use crate::store::ObjectName;
 
 const FIRST_LINE: &[u8] = b"pgstrata manifest 1\n";
 const CHECK_LEN: usize = 32;
-/// Bytes of a stored manifest at most.
-const MAX_LEN: u64 = 64 << 20;
+/// Bytes of a manifest at most, stored or decompressed: one of 100 TB has 15 MB.
+const MAX_LEN: u64 = 32 << 20;
+/// Damaged pages that a manifest lists at most; the first ones tell which disk it is.
+pub(crate) const MAX_CORRUPT_PAGES: usize = 10_000;
+/// Bytes at most of what a manifest says in a word.
+const MAX_WORD_LEN: usize = 1 << 10;
+/// Bytes at most of what it says in sentences.
+const MAX_TEXT_LEN: usize = 256 << 10;
 
 /// What kind of backup it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -307,15 +313,16 @@ impl Manifest {
     /// Encodes the manifest as the object `object`.
     ///
     /// # Errors
-    /// `Bug` if a library refuses.
+    /// `Unsupported` if it says what [`Manifest::decode`] refuses; `Bug` if a library refuses.
     pub fn encode(&self, object: &ObjectName) -> Result<Vec<u8>> {
         let json = serde_json::to_vec(self).map_err(|e| Error::bug("cannot encode a manifest").because(e))?;
-        let frame = zstd::bulk::compress(&json, METADATA_LEVEL);
-        let frame = frame.map_err(|e| Error::bug("cannot compress a manifest").because(e))?;
-        let mut bytes = [FIRST_LINE, &frame].concat();
-        let check = check(object, &bytes);
-        bytes.extend_from_slice(check.as_bytes());
-        Ok(bytes)
+        let unreadable =
+            self.absurdity().or_else(|| (json.len() as u64 > MAX_LEN).then(|| format!("it has {} bytes", json.len())));
+        if let Some(what) = unreadable {
+            let what = format!("a manifest that no reader would take: {what}");
+            return Err(Error::new(ErrorKind::Unsupported, what));
+        }
+        sealed(&json, object)
     }
 
     /// Decodes what was stored as the object `object`.
@@ -330,18 +337,62 @@ impl Manifest {
             return Err(damaged("the manifest does not match its checksum"));
         }
         let frame = content.strip_prefix(FIRST_LINE).ok_or_else(|| newer(object))?;
-        let json = super::decompress(frame, object.as_str())?;
+        let json = super::decompress(frame, MAX_LEN, object.as_str())?;
         let manifest: Self =
             serde_json::from_slice(&json).map_err(|e| damaged("the manifest does not decode").because(e))?;
         if manifest.format != FORMAT_VERSION {
             return Err(newer(object));
         }
-        let size = manifest.block_size;
-        if !size.is_power_of_two() || !(1024..=32768).contains(&size) || !manifest.wal_segment_size.is_power_of_two() {
-            return Err(damaged("the manifest has impossible sizes"));
+        match manifest.absurdity() {
+            None => Ok(manifest),
+            Some(what) => Err(damaged(&format!("the manifest is not what a backup is: {what}"))),
         }
-        Ok(manifest)
     }
+
+    /// What no backup says, if the manifest says something like that. Lengths and counts are bounded here, so that sums of them have room.
+    fn absurdity(&self) -> Option<String> {
+        let block_size = self.block_size;
+        let has_sizes = block_size.is_power_of_two() && (1024..=32768).contains(&block_size);
+        if !has_sizes || WalSegmentSize::new(self.wal_segment_size).is_none() {
+            return Some(format!("blocks of {block_size} bytes, WAL segments of {}", self.wal_segment_size));
+        }
+        if let Some(pack) = self.packs.iter().find(|pack| pack.len > MAX_PACK_LEN) {
+            return Some(format!("a pack of {} bytes", pack.len));
+        }
+        if self.corrupt_pages.len() > MAX_CORRUPT_PAGES {
+            return Some(format!("{} corrupt pages", self.corrupt_pages.len()));
+        }
+        if self.offline != self.backup_label.is_none() {
+            return Some("only the backup of a stopped cluster has no backup_label, and it has none".to_owned());
+        }
+        if self.system_identifier.parse::<u64>().is_err() {
+            return Some("no system identifier".to_owned());
+        }
+        let mut oids: Vec<u32> = self.tablespaces.iter().map(|tablespace| tablespace.oid).collect();
+        oids.sort_unstable();
+        oids.windows(2)
+            .find(|pair| pair[0] == pair[1])
+            .map(|pair| format!("tablespace {} twice", pair[0]))
+            .or_else(|| self.long_text())
+    }
+
+    fn long_text(&self) -> Option<String> {
+        let words = [&self.postgres_version, &self.detector, &self.repository];
+        let texts = [Some(&self.detector_reason), self.note.as_ref()];
+        let word = words.iter().map(|word| word.len()).find(|len| *len > MAX_WORD_LEN);
+        let text = texts.iter().flatten().map(|text| text.len()).find(|len| *len > MAX_TEXT_LEN);
+        word.or(text).map(|len| format!("a text of {len} bytes"))
+    }
+}
+
+/// The manifest `object` of this JSON, as it is stored.
+pub(super) fn sealed(json: &[u8], object: &ObjectName) -> Result<Vec<u8>> {
+    let frame = zstd::bulk::compress(json, METADATA_LEVEL);
+    let frame = frame.map_err(|e| Error::bug("cannot compress a manifest").because(e))?;
+    let mut bytes = [FIRST_LINE, &frame].concat();
+    let check = check(object, &bytes);
+    bytes.extend_from_slice(check.as_bytes());
+    Ok(bytes)
 }
 
 fn check(object: &ObjectName, content: &[u8]) -> blake3::Hash {

@@ -1,6 +1,7 @@
 #![doc = include_str!("format.md")]
 
 mod catalog;
+pub(crate) mod fuzz;
 mod layer;
 mod lease;
 mod manifest;
@@ -20,11 +21,12 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 pub use catalog::{BackupSummary, Catalog};
-use layer::decode_fingerprints;
 pub(crate) use layer::union;
 pub use layer::{ChunkRef, DataPack, Extent, Layer, LayerBuilder, Locations, PART_BLOCKS};
+use layer::{decode_fingerprints, fingerprints_len};
 pub use lease::{Lease, LeaseRequest, Operation, give_up_leases};
 pub(crate) use lease::{LeaseRecord, leases, remove_lease};
+pub(crate) use manifest::MAX_CORRUPT_PAGES;
 pub use manifest::{BackupType, ByteString, CorruptPage, Manifest, Setting, TablespaceLocation, WalSpan};
 pub use names::{BackupId, ClusterName, PackKind, PackName};
 pub use pack::{Finished, PackInfo, Packer, Place};
@@ -42,10 +44,12 @@ pub const FORMAT_VERSION: u32 = 1;
 
 /// What to do about a backup that damage was met in.
 pub(crate) const TAKE_ANOTHER: &str = "`pgstrata verify` tells which backups are hurt; take another one";
-/// Bytes of a metadata record at most, decompressed.
-const MAX_DECODED_LEN: u64 = 128 << 20;
 /// Bytes that are put by for a full disk.
 const RESERVE_LEN: usize = 64 << 10;
+/// Bytes of a metadata record at most, decompressed: a part of 131,072 chunks has 12 MB.
+const MAX_DECODED_LEN: u64 = 16 << 20;
+/// The largest window of a frame that a reader is ready for, as a power of two; frames of [`METADATA_LEVEL`] have 2 MiB.
+const MAX_WINDOW_LOG: u32 = 23;
 /// The level at which metadata is compressed.
 const METADATA_LEVEL: i32 = 3;
 
@@ -467,7 +471,13 @@ impl Repository {
             });
         }
         let flat = flat.filter(Layer::is_complete);
-        flat.ok_or_else(|| Error::corrupt(manifest.id.to_string(), "a block map leaves blocks out"))
+        let flat = flat.ok_or_else(|| Error::corrupt(manifest.id.to_string(), "a block map leaves blocks out"))?;
+        // What reads pack by pack goes by the part's list: a chunk in another pack would be nobody's.
+        let listed: BTreeSet<&PackName> = part.data.iter().collect();
+        let unlisted = flat.data_packs().find(|pack| !listed.contains(pack));
+        let Some(pack) = unlisted else { return Ok(flat) };
+        let object = pack.object(&manifest.cluster)?;
+        Err(Error::corrupt(object.as_str(), "a block map names a pack that the file table does not"))
     }
 
     /// Reads one layer of a block map.
@@ -480,10 +490,15 @@ impl Repository {
         let body = read_record(&*self.store, &object, place.offset, place.locations_len)?;
         let locations = Locations::decode(&body, manifest.block_len(), &at)?;
         let mut fingerprints = Vec::new();
+        let count = locations.stored_blocks();
+        if fingerprints_len(count) != u64::from(place.fingerprints_len) {
+            let what = format!("{} bytes of fingerprints for {count} blocks", place.fingerprints_len);
+            return Err(Error::corrupt(at, what));
+        }
         if depth == Depth::Fingerprints && place.fingerprints_len > 0 {
-            let offset = place.offset + u64::from(place.locations_len);
+            let offset = place.offset.saturating_add(place.locations_len.into());
             let body = read_record(&*self.store, &object, offset, place.fingerprints_len)?;
-            fingerprints = decode_fingerprints(&body, locations.stored_blocks(), &at)?;
+            fingerprints = decode_fingerprints(&body, count, &at)?;
         }
         Ok(Layer { locations, fingerprints })
     }
@@ -556,12 +571,16 @@ pub enum Depth {
 /// Encodes a metadata record's body: postcard in a zstd frame.
 fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
     let plain = postcard::to_stdvec(value).map_err(|e| Error::bug("cannot encode metadata").because(e))?;
+    if plain.len() as u64 > MAX_DECODED_LEN {
+        let what = format!("a record of metadata of {} bytes, which no reader would take", plain.len());
+        return Err(Error::new(ErrorKind::Unsupported, what));
+    }
     zstd::bulk::compress(&plain, METADATA_LEVEL).map_err(|e| Error::bug("cannot compress metadata").because(e))
 }
 
 /// Decodes what [`encode`] made.
 fn decode<T: DeserializeOwned>(body: &[u8], place: &str) -> Result<T> {
-    let plain = decompress(body, place)?;
+    let plain = decompress(body, MAX_DECODED_LEN, place)?;
     match postcard::take_from_bytes(&plain) {
         Ok((value, [])) => Ok(value),
         Ok(_) => Err(Error::corrupt(place, "the metadata record has bytes to spare")),
@@ -569,14 +588,15 @@ fn decode<T: DeserializeOwned>(body: &[u8], place: &str) -> Result<T> {
     }
 }
 
-/// Decompresses metadata, up to [`MAX_DECODED_LEN`].
-fn decompress(body: &[u8], place: &str) -> Result<Vec<u8>> {
+/// Decompresses metadata of at most `max_len` bytes.
+fn decompress(body: &[u8], max_len: u64, place: &str) -> Result<Vec<u8>> {
     let damaged = |e| Error::corrupt(place, "the metadata does not decompress").because(e);
     let mut plain = Vec::new();
-    let decoder = zstd::stream::read::Decoder::with_buffer(body).map_err(damaged)?;
-    decoder.take(MAX_DECODED_LEN + 1).read_to_end(&mut plain).map_err(damaged)?;
-    if plain.len() as u64 > MAX_DECODED_LEN {
-        return Err(Error::corrupt(place, format!("the metadata has more than {MAX_DECODED_LEN} bytes")));
+    let mut decoder = zstd::stream::read::Decoder::with_buffer(body).map_err(damaged)?;
+    decoder.window_log_max(MAX_WINDOW_LOG).map_err(damaged)?;
+    decoder.take(max_len + 1).read_to_end(&mut plain).map_err(damaged)?;
+    if plain.len() as u64 > max_len {
+        return Err(Error::corrupt(place, format!("the metadata has more than {max_len} bytes")));
     }
     Ok(plain)
 }
@@ -651,6 +671,21 @@ mod tests {
     #[test]
     fn a_decompression_bomb_is_refused() {
         let bomb = zstd::bulk::compress(&vec![0; MAX_DECODED_LEN as usize + 1], 1).unwrap();
-        assert_eq!(decompress(&bomb, "here").unwrap_err().kind(), ErrorKind::Corrupt);
+        assert_eq!(decompress(&bomb, MAX_DECODED_LEN, "here").unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+
+    #[test]
+    fn a_frame_that_wants_a_large_window_is_refused() {
+        let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.window_log(27).unwrap();
+        std::io::Write::write_all(&mut encoder, b"small").unwrap();
+        let frame = encoder.finish().unwrap();
+        assert_eq!(decompress(&frame, MAX_DECODED_LEN, "here").unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+
+    #[test]
+    fn what_no_reader_would_take_is_not_written() {
+        let error = encode(&vec![0u8; MAX_DECODED_LEN as usize + 1]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
     }
 }

@@ -42,6 +42,13 @@ const BUFFER_LEN: usize = 1 << 20;
 /// Buffers waiting for a pack's thread.
 const BUFFERS_IN_FLIGHT: usize = 4;
 
+/// Bytes of a pack at most, as far as a reader goes: what is in it, its last records, and its table.
+pub(crate) const MAX_PACK_LEN: u64 = 1 << 30;
+/// Bytes of a record at most: what a reader is ready to take.
+const MAX_RECORD_LEN: u32 = 32 << 20;
+/// Bytes of a pack's table at most.
+const MAX_TABLE_LEN: u64 = 128 << 20;
+
 /// The checksum at the end of a metadata record.
 pub(crate) const RECORD_CHECK_LEN: usize = 16;
 
@@ -57,11 +64,18 @@ pub struct PackInfo {
 /// The packs with their lengths, of which somebody must know each.
 ///
 /// # Errors
-/// `Bug` if nobody does.
-pub(crate) fn with_lengths(packs: &[PackName], known: impl Fn(&PackName) -> Option<u64>) -> Result<Vec<PackInfo>> {
-    let with_len = |name: &PackName| {
-        let len = known(name).ok_or_else(|| Error::bug("a pack that nobody wrote"))?;
-        Ok(PackInfo { name: *name, len })
+/// `Corrupt` if nobody does: a file table that was inherited refers to a pack that its manifest does not name.
+pub(crate) fn with_lengths(
+    cluster: &ClusterName,
+    packs: &[PackName],
+    known: impl Fn(&PackName) -> Option<u64>,
+) -> Result<Vec<PackInfo>> {
+    let with_len = |name: &PackName| match known(name) {
+        Some(len) => Ok(PackInfo { name: *name, len }),
+        None => {
+            let object = name.object(cluster)?;
+            Err(Error::corrupt(object.as_str(), "a file table refers to a pack that its manifest does not name"))
+        }
     };
     packs.iter().map(with_len).collect()
 }
@@ -215,7 +229,9 @@ impl Packer {
 
     /// Sees to it that a pack with room is open.
     fn make_room(&self, state: &mut State) -> Result<()> {
-        if state.open.as_ref().is_some_and(|pack| pack.offset >= self.pack_len) {
+        // The records that go together once there is room are few.
+        let is_full = |pack: &OpenPack| pack.offset >= self.pack_len || pack.table.len() as u64 >= MAX_TABLE_LEN / 2;
+        if state.open.as_ref().is_some_and(is_full) {
             state.close_pack()?;
         }
         while state.open.is_none() {
@@ -433,7 +449,7 @@ impl Read for Incoming {
     }
 }
 
-fn header(kind: PackKind) -> [u8; HEADER_LEN as usize] {
+pub(super) fn header(kind: PackKind) -> [u8; HEADER_LEN as usize] {
     let mut header = [0; HEADER_LEN as usize];
     header[..8].copy_from_slice(MAGIC);
     header[8..10].copy_from_slice(&VERSION.to_le_bytes());
@@ -442,7 +458,7 @@ fn header(kind: PackKind) -> [u8; HEADER_LEN as usize] {
 }
 
 /// The table and the footer of a pack whose records end at `table_offset`.
-fn trailer(object: &ObjectName, kind: PackKind, table: &[u8], table_offset: u64, count: u32) -> Vec<u8> {
+pub(super) fn trailer(object: &ObjectName, kind: PackKind, table: &[u8], table_offset: u64, count: u32) -> Vec<u8> {
     let mut end = Vec::with_capacity(table.len() + FOOTER_LEN);
     end.extend_from_slice(table);
     end.extend_from_slice(&table_offset.to_le_bytes());
@@ -471,7 +487,10 @@ fn record_check(object: &ObjectName, offset: u64, body: &[u8]) -> [u8; RECORD_CH
 /// # Errors
 /// `Missing` if the pack is gone, `Corrupt` if the record is not what was written there.
 pub(crate) fn read_record(store: &dyn Store, object: &ObjectName, offset: u64, len: u32) -> Result<Vec<u8>> {
-    let len = usize::try_from(len).map_err(|_| Error::bug("a record that does not fit into memory"))?;
+    if len > MAX_RECORD_LEN {
+        return Err(Error::corrupt(format!("{object} at {offset}"), format!("a metadata record of {len} bytes")));
+    }
+    let len = len as usize;
     let mut record = vec![0; len];
     store.get_range(object, offset, &mut record)?;
     let body_len = len.checked_sub(RECORD_CHECK_LEN);
@@ -575,7 +594,8 @@ fn read_table(store: &dyn Store, object: &ObjectName, kind: PackKind, len: u64) 
     let in_place = (HEADER_LEN..=footer_offset).contains(&table_offset);
     let table_len = footer_offset.wrapping_sub(table_offset);
     let count = u64::from(u32::from_le_bytes(footer[8..12].try_into().unwrap_or_default()));
-    if !in_place || count * TABLE_ENTRY_LEN as u64 != table_len || footer[32..] != *END_MAGIC {
+    let fits = count * TABLE_ENTRY_LEN as u64 == table_len && table_len <= MAX_TABLE_LEN;
+    if !in_place || !fits || footer[32..] != *END_MAGIC {
         return Err(damaged("the pack's footer is damaged"));
     }
     let mut end = vec![0; table_len as usize];
@@ -588,9 +608,12 @@ fn read_table(store: &dyn Store, object: &ObjectName, kind: PackKind, len: u64) 
         return Err(Error::new(ErrorKind::Unsupported, "the pack is of another version or kind").at(object.as_str()));
     }
     end.truncate(table_len as usize);
-    let record_lens = end.chunks_exact(TABLE_ENTRY_LEN).map(|entry| u64::from(record_len(entry)));
-    if HEADER_LEN + record_lens.sum::<u64>() != table_offset {
+    let record_lens = end.chunks_exact(TABLE_ENTRY_LEN).map(record_len);
+    if HEADER_LEN + record_lens.clone().map(u64::from).sum::<u64>() != table_offset {
         return Err(damaged("the pack's records do not fill it"));
+    }
+    if let Some(len) = record_lens.into_iter().find(|len| *len > MAX_RECORD_LEN) {
+        return Err(damaged(&format!("a record of {len} bytes")));
     }
     Ok(end)
 }

@@ -14,7 +14,7 @@ use crate::chunk::Fingerprint;
 use crate::error::{Error, Result};
 
 /// Layers of a stack at most.
-const MAX_LAYERS: usize = 8;
+pub(super) const MAX_LAYERS: usize = 8;
 
 /// Stacks new layers upon an earlier backup's.
 pub(crate) struct Stack<'a> {

@@ -8,8 +8,10 @@ use std::collections::{BTreeSet, HashMap};
 
 use serde::{Deserialize, Serialize};
 
+use super::layer::PART_BLOCKS;
 use super::names::{ClusterName, PackKind, PackName};
 use super::pack::{Packer, Place, RECORD_CHECK_LEN, read_record};
+use super::stack::MAX_LAYERS;
 use super::{Manifest, Repository};
 use crate::chunk::hash16;
 use crate::error::{Error, Result};
@@ -17,8 +19,12 @@ use crate::store::Store;
 
 /// Entries of a page at most.
 const MAX_PAGE_ENTRIES: usize = 1024;
-/// Bytes of a page at most, encoded: what a reader is ready to take.
-const MAX_PAGE_LEN: u32 = 256 << 20;
+/// Bytes of a path at most: no file system has longer ones.
+const MAX_PATH_LEN: usize = 4096;
+/// Bytes of a file at most, so that sums of them have room.
+const MAX_FILE_LEN: u64 = 1 << 50;
+/// Bytes of a part at least, but for the last of a file: of the smallest blocks.
+const MIN_PART_LEN: u64 = PART_BLOCKS as u64 * 1024;
 
 /// What an entry of the file table is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -176,7 +182,7 @@ impl PackNumbers {
 }
 
 /// Encodes a page; equal entries make equal bytes.
-fn encode_page(entries: &[FileEntry]) -> Result<Vec<u8>> {
+pub(super) fn encode_page(entries: &[FileEntry]) -> Result<Vec<u8>> {
     let mut numbers = PackNumbers::default();
     let layer = |place: &LayerPlace, numbers: &mut PackNumbers| StoredLayer {
         pack: numbers.number(place.pack),
@@ -201,8 +207,11 @@ fn encode_page(entries: &[FileEntry]) -> Result<Vec<u8>> {
     super::encode(&StoredPage { packs: numbers.packs, entries })
 }
 
-fn decode_page(body: &[u8], place: &str) -> Result<(Vec<PackName>, Vec<FileEntry>)> {
+pub(super) fn decode_page(body: &[u8], place: &str) -> Result<(Vec<PackName>, Vec<FileEntry>)> {
     let page: StoredPage = super::decode(body, place)?;
+    if let Some(what) = absurdity(&page) {
+        return Err(Error::corrupt(place, format!("the file table is damaged: {what}")));
+    }
     let pack = |number: u32, kind: PackKind| {
         let named = page.packs.get(number as usize).filter(|pack| pack.kind == kind);
         named.copied().ok_or_else(|| Error::corrupt(place, format!("the file table names no pack {number}")))
@@ -232,6 +241,29 @@ fn decode_page(body: &[u8], place: &str) -> Result<(Vec<PackName>, Vec<FileEntry
     Ok((page.packs, entries))
 }
 
+/// What no writer would write, if there is something like that in a page.
+fn absurdity(page: &StoredPage) -> Option<String> {
+    if page.entries.len() > MAX_PAGE_ENTRIES {
+        return Some(format!("{} entries in a page", page.entries.len()));
+    }
+    page.entries.iter().find_map(|entry| {
+        let StoredEntry { path, kind, len, parts, .. } = entry;
+        let part_is_absurd = |part: &StoredPart| part.layers.len() > MAX_LAYERS || part.data.len() > page.packs.len();
+        let what = if path.len() > MAX_PATH_LEN {
+            format!("a path of {} bytes", path.len())
+        } else if *len > MAX_FILE_LEN || (*kind == FileKind::Directory && *len > 0) {
+            format!("{kind:?} of {len} bytes")
+        } else if parts.len() as u64 > len.div_ceil(MIN_PART_LEN) {
+            format!("{} block maps for {len} bytes", parts.len())
+        } else if parts.iter().any(part_is_absurd) {
+            "a block map of too many layers or packs".to_owned()
+        } else {
+            return None;
+        };
+        Some(what)
+    })
+}
+
 /// A page that was read.
 #[derive(Debug)]
 pub struct TablePage {
@@ -248,9 +280,6 @@ pub struct TablePage {
 pub fn read_page(store: &dyn Store, cluster: &ClusterName, page: &PagePlace) -> Result<TablePage> {
     let object = page.place.pack.object(cluster)?;
     let place = format!("{object} at {}", page.place.offset);
-    if page.len > MAX_PAGE_LEN {
-        return Err(Error::corrupt(place, format!("a page of the file table of {} bytes", page.len)));
-    }
     let body = read_record(store, &object, page.place.offset, page.len)?;
     let (packs, entries) = decode_page(&body, &place)?;
     if hash16(&body) != page.id || entries.len() != page.entries as usize {

@@ -6,6 +6,7 @@
 //!   original's files; those lines become comments.
 //! * Where the source had its `postgresql.conf` outside the data directory, one is written with the settings that came from there.
 
+use crate::error::{Error, Result};
 use crate::pg::MajorVersion;
 use crate::repo::Setting;
 
@@ -120,6 +121,41 @@ pub(super) fn postgresql_conf(settings: &[Setting], known: bool) -> Vec<u8> {
     text
 }
 
+/// Refuses settings from a repository that are more, or something else, than a name and a quoted value.
+///
+/// # Errors
+/// `Corrupt`, with the name.
+pub(super) fn must_be_settings(settings: &[Setting]) -> Result<()> {
+    let is_setting = |setting: &&Setting| {
+        let Some(name) = name_of(setting.name.as_bytes()) else { return false };
+        let whole = name.len() == setting.name.len() && !name.starts_with(|first: char| first.is_ascii_digit());
+        whole && !LEADING_OUT.contains(&name.as_str()) && !name.starts_with("include") && is_quoted(&setting.value.0)
+    };
+    match settings.iter().find(|setting| !is_setting(setting)) {
+        None => Ok(()),
+        Some(Setting { name, .. }) => {
+            let shown: String = name.chars().take(100).collect();
+            Err(Error::corrupt("the settings of the manifest", format!("{shown:?} is not a setting with its value")))
+        }
+    }
+}
+
+/// Whether `value` is one string of a configuration file, from its first quote to its last.
+///
+/// PostgreSQL: `src/backend/utils/misc/guc-file.l`, STRING.
+fn is_quoted(value: &[u8]) -> bool {
+    let Some(mut rest) = value.strip_prefix(b"'").and_then(|rest| rest.strip_suffix(b"'")) else { return false };
+    loop {
+        rest = match rest {
+            [] => return true,
+            [b'\\', quoted, rest @ ..] if !matches!(quoted, b'\n' | 0) => rest,
+            [b'\'', b'\'', rest @ ..] => rest,
+            [b'\\' | b'\'' | b'\n' | 0, ..] => return false,
+            [_, rest @ ..] => rest,
+        };
+    }
+}
+
 /// The setting that a line of a configuration file is about, in lower case.
 ///
 /// PostgreSQL: `src/backend/utils/misc/guc-file.l`, ID and QUALIFIED_ID.
@@ -134,6 +170,7 @@ fn name_of(line: &[u8]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::repo::ByteString;
 
     fn wanted() -> Wanted {
         Wanted { major: MajorVersion::new(15).unwrap(), archive_mode: false, in_place: false }
@@ -164,6 +201,42 @@ mod tests {
     fn archiving_goes_on_only_if_asked_for() {
         let restored = text(auto_conf(b"archive_mode = 'on'\n", Wanted { archive_mode: true, ..wanted() }));
         assert!(restored.starts_with("archive_mode = 'on'\n") && !restored.contains("off'\nmax_logical"));
+    }
+
+    #[test]
+    fn what_is_more_than_a_setting_is_none() {
+        let setting = |name: &str, value: &str| Setting { name: name.to_owned(), value: ByteString(value.into()) };
+        let sound = [
+            ("work_mem", "'8MB'"),
+            ("Plpgsql.x$1", "''"),
+            ("a", r"'it''s'"),
+            ("a", r"'\'x'"),
+            ("a", r"'\\'"),
+            ("a", "'\u{1}\\n'"),
+        ];
+        for (name, value) in sound {
+            must_be_settings(&[setting(name, value)]).unwrap();
+        }
+        let forged = [
+            ("", "'x'"),
+            ("1a", "'x'"),
+            ("a b", "'x'"),
+            ("a = 'x'\nb", "'x'"),
+            ("#a", "'x'"),
+            ("DATA_directory", "'/original'"),
+            ("include_dir", "'/original'"),
+            ("a", "x"),
+            ("a", "'"),
+            ("a", "'x'\narchive_command = 'rm'"),
+            ("a", "'x\ny'"),
+            ("a", "'x' 'y'"),
+            ("a", r"'x\'"),
+            ("a", "'x\0'"),
+        ];
+        for (name, value) in forged {
+            let error = must_be_settings(&[setting("work_mem", "'8MB'"), setting(name, value)]).unwrap_err();
+            assert_eq!(error.kind(), crate::ErrorKind::Corrupt, "{name:?} {value:?}");
+        }
     }
 
     #[test]

@@ -29,6 +29,8 @@ pub(super) enum Kind {
     Other,
 }
 
+const NO_WAIT: i32 = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+
 /// A file system.
 pub(super) trait Disk: Send + Sync + fmt::Debug {
     /// To whom the directory at `path` belongs; `None` if it is something else. Links are followed.
@@ -40,13 +42,16 @@ pub(super) trait Disk: Send + Sync + fmt::Debug {
     /// Whether there is anything at `path`.
     fn exists(&self, path: &Path) -> bool;
 
+    /// Whether what is at `path` is a link to something else.
+    fn is_link(&self, path: &Path) -> bool;
+
     /// The entries of a directory, in any order; a link is what it leads to.
     fn entries(&self, directory: &Path) -> io::Result<Vec<(OsString, Kind)>>;
 
     /// The length of the file at `path`.
     fn len(&self, path: &Path) -> io::Result<u64>;
 
-    /// Opens a file for reading.
+    /// Opens a file for reading; `InvalidData` if it is something else.
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
 
     /// Makes a file, 0600, which its holder alone has locked where the file system has locks.
@@ -113,6 +118,10 @@ impl Disk for HostDisk {
         fs::symlink_metadata(path).is_ok()
     }
 
+    fn is_link(&self, path: &Path) -> bool {
+        path.is_symlink()
+    }
+
     fn entries(&self, directory: &Path) -> io::Result<Vec<(OsString, Kind)>> {
         let mut entries = Vec::new();
         for entry in fs::read_dir(directory)? {
@@ -135,7 +144,9 @@ impl Disk for HostDisk {
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        Ok(Box::new(File::open(path)?))
+        // Whatever it is, opening it does not wait for anybody.
+        let file = OpenOptions::new().read(true).custom_flags(NO_WAIT).open(path)?;
+        if file.metadata()?.is_file() { Ok(Box::new(file)) } else { Err(io::ErrorKind::InvalidData.into()) }
     }
 
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {

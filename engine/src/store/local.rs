@@ -90,8 +90,7 @@ impl LocalStore {
         if let Some((_, file)) = open.iter().find(|(known, _)| known == name) {
             return Ok(Arc::clone(file));
         }
-        let path = self.path(name);
-        let file: Arc<dyn DiskFile> = Arc::from(self.disk.open(&path).map_err(|e| Error::io("open", &path, e))?);
+        let file: Arc<dyn DiskFile> = Arc::from(self.open_object(name)?);
         if open.len() == OPEN_FILES {
             open.pop_front();
         }
@@ -99,8 +98,19 @@ impl LocalStore {
         Ok(file)
     }
 
+    fn open_object(&self, name: &ObjectName) -> Result<Box<dyn DiskFile>> {
+        let path = self.path(name);
+        self.disk.open(&path).map_err(|e| match e.kind() {
+            Io::InvalidData => Error::corrupt(name.as_str(), "the object is not a file"),
+            _ => Error::io("open", &path, e),
+        })
+    }
+
     /// Fills `buffer` with the bytes of an open object from `offset`.
     fn fill(&self, name: &ObjectName, file: &dyn DiskFile, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        if i64::try_from(offset.saturating_add(buffer.len() as u64)).is_err() {
+            return Err(too_short(name, file.len().unwrap_or_default(), offset, buffer.len()));
+        }
         match file.read_exact_at(buffer, offset) {
             Ok(()) => Ok(()),
             Err(e) if e.kind() == Io::UnexpectedEof => {
@@ -165,7 +175,8 @@ impl LocalStore {
             } else if kind == Kind::File && name.starts_with(prefix) {
                 let path = directory.join(component);
                 match self.disk.len(&path) {
-                    Ok(len) => found.push(ObjectInfo { name: ObjectName::new(name)?, len }),
+                    // A name that is too long is no object's.
+                    Ok(len) => found.extend(ObjectName::new(name).map(|name| ObjectInfo { name, len })),
                     Err(e) if e.kind() == Io::NotFound => {}
                     Err(e) => return Err(Error::io("look at", &path, e)),
                 }
@@ -180,6 +191,9 @@ impl LocalStore {
         let mut freed = 0;
         for (name, kind) in entries {
             let path = directory.join(&name);
+            if self.disk.is_link(&path) {
+                continue;
+            }
             if kind == Kind::Directory {
                 freed += self.sweep_directory(&path, true)?;
             } else if kind == Kind::File && name.as_encoded_bytes().starts_with(TEMPORARY.as_bytes()) {
@@ -226,10 +240,9 @@ impl Store for LocalStore {
     }
 
     fn get(&self, name: &ObjectName, max_len: u64) -> Result<Vec<u8>> {
-        let path = self.path(name);
         // Opened anew: an object that another process has deleted is not there any more.
-        let file = self.disk.open(&path).map_err(|e| Error::io("open", &path, e))?;
-        let len = file.len().map_err(|e| Error::io("look at", &path, e))?;
+        let file = self.open_object(name)?;
+        let len = file.len().map_err(|e| Error::io("look at", &self.path(name), e))?;
         check_len(name, len, max_len)?;
         let too_long = |_| Error::new(ErrorKind::Unsupported, "the object does not fit into memory").at(name.as_str());
         let mut bytes = vec![0; usize::try_from(len).map_err(too_long)?];
@@ -273,8 +286,13 @@ impl Store for LocalStore {
     }
 
     fn sweep(&self, prefix: &str) -> Result<u64> {
-        let directory = self.root.join(prefix);
-        if self.disk.is_directory(&directory) { self.sweep_directory(&directory, false) } else { Ok(0) }
+        // What a link leads to may be somebody else's, too: it is not swept.
+        let mut directory = self.root.clone();
+        let ours = prefix.split_terminator('/').all(|component| {
+            directory.push(component);
+            self.disk.is_directory(&directory) && !self.disk.is_link(&directory)
+        });
+        if ours { self.sweep_directory(&directory, false) } else { Ok(0) }
     }
 }
 

@@ -323,6 +323,10 @@ impl Disk for ModelDisk {
         self.lock().directory(path).is_ok()
     }
 
+    fn is_link(&self, _: &Path) -> bool {
+        false
+    }
+
     fn exists(&self, path: &Path) -> bool {
         self.lock().find(path).is_ok()
     }

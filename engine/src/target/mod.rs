@@ -22,7 +22,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Component, Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::pg::TablespaceOid;
+use crate::pg::{TablespaceOid, canonical_decimal};
 use crate::units::size;
 
 /// `pg_control` until the restore is complete.
@@ -200,7 +200,7 @@ impl Target {
         }
         if let [first, oid, rest @ ..] = components.as_slice()
             && *first == OsStr::new("pg_tblspc")
-            && let Some(oid) = oid.to_str().and_then(|oid| oid.parse().ok())
+            && let Some(oid) = canonical_decimal(oid.as_bytes())
             && let Some(directory) = self.tablespaces.get(&TablespaceOid::new(oid))
         {
             return Ok(rest.iter().fold(directory.clone(), |path, component| path.join(component)));

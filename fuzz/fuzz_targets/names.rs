@@ -1,0 +1,5 @@
+//! See `engine::fuzz::names`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| engine::fuzz::names(bytes));
