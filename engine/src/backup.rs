@@ -475,6 +475,7 @@ impl<'r, 'p> Run<'r, 'p> {
             };
             let is_there = plan.parent.as_ref().map_or(Ok(true), is_there)?;
             if is_there && !lease.waited() {
+                salvage.iter().try_for_each(Salvage::settle)?;
                 return Ok(Self::new(plan, id, start_time, lease, salvage, progress));
             }
         }

@@ -90,6 +90,11 @@ impl<'r> Salvage<'r> {
         }))
     }
 
+    /// Makes sure that what is to be taken over is there for good.
+    pub fn settle(&self) -> Result<()> {
+        self.runs().into_iter().try_for_each(|run| self.repo.settle_packs(&self.cluster, run))
+    }
+
     /// The runs that left them.
     pub fn runs(&self) -> BTreeSet<BackupId> {
         self.packs.iter().map(|pack| pack.name.run).collect()

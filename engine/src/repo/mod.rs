@@ -261,6 +261,15 @@ impl Repository {
         self.store.settle(&names::manifests(cluster))
     }
 
+    /// Makes durable which packs of a run there are, as a listing shows them from now on: a run that was killed may have left their names to be undone by a
+    /// loss of power. Whoever takes them over asks for this first.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub(crate) fn settle_packs(&self, cluster: &ClusterName, run: BackupId) -> Result<()> {
+        self.store.settle(&names::packs_of(cluster, run))
+    }
+
     /// Removes the packs of a run that failed, unless its manifest is there after all.
     ///
     /// # Errors
