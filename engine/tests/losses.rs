@@ -300,7 +300,8 @@ fn an_expiry_that_was_interrupted_between_two_manifests_does_not_stop_those_afte
     // These share their block maps: a layer of ten blocks over the first one's.
     world.back_up(&repo, 10, 2);
     let again = || backup::run(&repo, &world.options(ParentChoice::Automatic), &Silent).unwrap().backup.id;
-    (again(), again());
+    again();
+    again();
     let mut left = 1;
     let hook = move |_: &MemoryStore, operation: &str, name: &ObjectName| {
         if operation == "put_new" && name.as_str().contains("/manifests/") {

@@ -106,6 +106,7 @@ fn remarks(backup: &BackupSummary) -> Option<String> {
 fn flags(backup: &BackupSummary) -> Vec<String> {
     let corrupt = backup.corrupt_pages.len() as u64;
     let flags = [
+        backup.damaged.then(|| "DAMAGED, as `pgstrata verify` found".to_owned()),
         backup.pinned.then(|| "pinned".to_owned()),
         // Its times are those of the backup that it was made of; how long it took is not.
         backup.merged_from.map(|id| format!("merged from {id} in {}", duration(elapsed(backup)))),

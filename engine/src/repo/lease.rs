@@ -348,6 +348,10 @@ impl Lease {
         };
         // Twice: it may have been renewed between the question for its name and that for its presence.
         if self.is_lapsed() || !(there()? || there()?) {
+            if state.store.list(names::REPOSITORY)?.is_empty() {
+                return Err(Error::new(ErrorKind::Unavailable, "the repository is gone")
+                    .hint("look at its disk, and run this again"));
+            }
             let what = "this run was held up for so long that its lease is over; what it refers to may be gone";
             return Err(Error::new(ErrorKind::Locked, what).hint("run it again"));
         }
