@@ -150,8 +150,12 @@ struct MetadataArgs {
     #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..))]
     files: u32,
 
+    /// One block of so many changes before each incremental; the changed ones are scattered.
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    one_in: u32,
+
     /// Incrementals after the full backup.
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..))]
     nights: u32,
 
     /// How often each command runs that can be repeated.
@@ -193,8 +197,12 @@ enum Simulated {
         #[arg(long)]
         files: u32,
     },
-    /// An incremental in which one of a thousand blocks changed.
-    Incremental,
+    /// An incremental.
+    Incremental {
+        /// One block of so many changed.
+        #[arg(long)]
+        one_in: u32,
+    },
     /// What a restore does before it reads a chunk.
     Restore {
         /// Of which backup.

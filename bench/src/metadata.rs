@@ -1,7 +1,7 @@
 //! `metadata`: what the commands cost that grow with the metadata, for a cluster that this machine could not hold.
 //!
 //! ```text
-//! once:        a full backup of the simulated cluster; some incrementals of one block in a thousand       (simulated.rs)
+//! once:        a full backup of the simulated cluster; some incrementals                                  (simulated.rs)
 //! each round:  merge of the last one; what a restore does before it reads a chunk; expiries that are only planned;
 //!              the plan of a repacking merge; verify --quick; list                    then the merged backup is removed again
 //! ```
@@ -16,8 +16,8 @@ use testdata::{Error, Result};
 
 use crate::record::{Measured, Recorder};
 use crate::report::{Run, Step};
-use crate::scratch::{Scratch, say};
-use crate::simulated::{BLOCK_LEN, CHANGED_BLOCKS};
+use crate::scratch::Scratch;
+use crate::simulated::BLOCK_LEN;
 use crate::{MetadataArgs, machine, read};
 
 const TIB: f64 = (1_u64 << 40) as f64;
@@ -74,19 +74,17 @@ impl Simulation<'_> {
     fn fill(&mut self, recorder: &mut Recorder) -> Result<()> {
         recorder.round = 1;
         let (blocks, files) = (self.blocks().to_string(), self.args.files.to_string());
+        let one_in = self.args.one_in.to_string();
         self.simulate(recorder, FULL, &["full", "--blocks", &blocks, "--files", &files])?;
         for night in 1..=self.args.nights {
             recorder.round = night;
-            self.simulate(recorder, INCREMENTAL, &["incremental"])?;
+            self.simulate(recorder, INCREMENTAL, &["incremental", "--one-in", &one_in])?;
         }
         Ok(())
     }
 
     fn simulate(&mut self, recorder: &mut Recorder, step: Step, what: &[&str]) -> Result<()> {
-        let mut command = self.scratch.this_program();
-        command.args(["simulate", "--jobs", &self.args.jobs.to_string(), "--repo"]).arg(self.scratch.path("repo"));
-        command.args(what);
-        let done = self.measure(recorder, step, command)?;
+        let done = self.measure(recorder, step, self.simulation(what))?;
         done.sample.blocks_changed = done.printed["blocks_changed"].as_u64();
         let (id, facts) = (done.id()?, done.printed.to_string());
         if !self.backups.contains(&id) {
@@ -110,6 +108,14 @@ impl Simulation<'_> {
         let run = |command: &mut Command| scratch.measure(command, None);
         let written = || Ok(metadata_len()?.saturating_sub(before));
         recorder.measure(step, scratch, self.blocks() * BLOCK_LEN, command, run, written)
+    }
+
+    /// A step of ours on the repository.
+    fn simulation(&self, what: &[&str]) -> Command {
+        let mut command = self.scratch.this_program();
+        command.args(["simulate", "--jobs", &self.args.jobs.to_string(), "--repo"]).arg(self.scratch.path("repo"));
+        command.args(what);
+        command
     }
 
     /// A command of pgstrata on the repository.
@@ -136,15 +142,8 @@ impl Simulation<'_> {
     }
 
     fn plan_restore(&mut self, recorder: &mut Recorder, step: Step, backup: &str) -> Result<()> {
-        let mut command = self.scratch.this_program();
-        command.args(["simulate", "--jobs", &self.args.jobs.to_string(), "--repo"]).arg(self.scratch.path("repo"));
-        let facts = self
-            .measure(recorder, step, {
-                command.args(["restore", backup]);
-                command
-            })?
-            .printed
-            .to_string();
+        let command = self.simulation(&["restore", backup]);
+        let facts = self.measure(recorder, step, command)?.printed.to_string();
         self.note(recorder, step, &facts);
         Ok(())
     }
@@ -161,19 +160,18 @@ impl Simulation<'_> {
     }
 
     fn report(&self, recorder: &Recorder) -> Result<()> {
-        let MetadataArgs { terabytes, files, nights, runs, jobs, common } = self.args;
-        say("done");
-        let share = 100.0 / CHANGED_BLOCKS as f64;
+        let MetadataArgs { terabytes, files, one_in, nights, runs, jobs, common } = self.args;
+        let share = 100.0 / f64::from(*one_in);
         Run {
             name: common.name.clone().unwrap_or_else(|| format!("metadata-{terabytes}")),
             title: format!(
                 "A simulated cluster of {terabytes} TiB: {} blocks in {files} files; a full backup and {nights} incrementals \
-                 of {share} % of the blocks;\n{jobs} workers; {:.0} MB of metadata; caches as they are",
+                 of {share:.1} % of the blocks;\n{jobs} workers; {:.0} MB of metadata; caches as they are",
                 self.blocks(),
                 map_len(&self.scratch.path("repo"))? as f64 / MB,
             ),
             command: format!(
-                "metadata --terabytes {terabytes} --files {files} --nights {nights} --runs {runs} --jobs {jobs}{}",
+                "metadata --terabytes {terabytes} --files {files} --one-in {one_in} --nights {nights} --runs {runs} --jobs {jobs}{}",
                 common.shown_patience()
             ),
             settings: "The commands; WORK is the scratch directory. Before each: syncfs.".to_owned(),

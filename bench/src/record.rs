@@ -68,7 +68,7 @@ impl Recorder {
         }
         let usage = run(&mut command)?;
         let (round, bytes_written) = (self.round, written()?);
-        say(&format!("  {:<42} {:>8.3} s", step.name, usage.wall.as_secs_f64()));
+        say(&format!("  {:<44} {:>8.3} s", step.name, usage.wall.as_secs_f64()));
         let printed: Value = serde_json::from_str(&usage.output).unwrap_or_default();
         self.samples.push(Sample {
             step,

@@ -224,7 +224,7 @@ fn disturbances(samples: &[Sample]) -> String {
 
 fn table(samples: &[Sample], steps: &[Step]) -> String {
     let mut text = format!(
-        "{:<42} {:>5} {:>8}  {:>19} {:>6} {:>7} {:>7} {:>8} {:>10} {:>10}\n",
+        "{:<44} {:>5} {:>8}  {:>19} {:>6} {:>7} {:>7} {:>8} {:>10} {:>10}\n",
         "", "runs", "wall s", "min .. max", "GB/s", "CPU s", "server", "peak MB", "read MB", "written MB"
     );
     for step in steps {
@@ -235,7 +235,7 @@ fn table(samples: &[Sample], steps: &[Step]) -> String {
         let read = || format!("{:.1}", middle(|s| s.bytes_read.unwrap_or(0) as f64) / MB);
         let _ = writeln!(
             text,
-            "{:<42} {count:>5} {median:>8.3}  {:>19} {:>6.2} {:>7.2} {:>7.2} {:>8.0} {:>10} {:>10.1}",
+            "{:<44} {count:>5} {median:>8.3}  {:>19} {:>6.2} {:>7.2} {:>7.2} {:>8.0} {:>10} {:>10.1}",
             step.name,
             format!("{min:.3} .. {max:.3}"),
             middle(|s| s.cluster_bytes as f64) / median / GB,
@@ -271,7 +271,7 @@ fn ratios(samples: &[Sample], steps: &[Step]) -> String {
         let beside = step.peers.iter().filter_map(|peer| Some(format!("{:.2} {}", wall(peer)? / own, peer.name)));
         let beside = beside.collect::<Vec<_>>().join("; ");
         if !beside.is_empty() {
-            let _ = writeln!(text, "{:<42} {beside}", step.name);
+            let _ = writeln!(text, "{:<44} {beside}", step.name);
         }
     }
     text
@@ -348,7 +348,7 @@ mod tests {
         let samples = [sample(CAT, 1, 2), sample(UNCHANGED, 1, 4)];
         assert_eq!(table(&samples, &[UNCHANGED, CHANGED, CAT]).lines().count(), 3);
         let ratios = ratios(&samples, &[UNCHANGED, CHANGED]);
-        assert_eq!(ratios, "pgstrata incremental, unchanged            0.50 cat\n");
+        assert_eq!(ratios, "pgstrata incremental, unchanged              0.50 cat\n");
         let changed = changed(&samples, &[UNCHANGED, CHANGED]);
         assert_eq!(changed, "pgstrata incremental, unchanged: 10 blocks (1.00 %) differed\n");
     }

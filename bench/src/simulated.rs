@@ -34,8 +34,6 @@ use crate::{SimulateArgs, Simulated};
 
 /// Bytes of a block.
 pub const BLOCK_LEN: u64 = 8192;
-/// One block of so many changes in an incremental.
-pub const CHANGED_BLOCKS: u64 = 1000;
 /// Blocks of a chunk.
 const CHUNK_BLOCKS: u32 = 32;
 /// Stored bytes of a chunk's blocks, each: at least, and up to so many more.
@@ -61,7 +59,7 @@ pub fn run(args: &SimulateArgs) -> testdata::Result<Value> {
     let jobs = args.jobs as usize;
     let done = match &args.what {
         Simulated::Full { blocks, files } => full(&args.repo, jobs, *blocks, u64::from(*files)),
-        Simulated::Incremental => incremental(&args.repo, jobs),
+        Simulated::Incremental { one_in } => incremental(&args.repo, jobs, u64::from(*one_in)),
         Simulated::Restore { backup } => plan_restore(&args.repo, jobs, backup),
     };
     done.map_err(|e| testdata::Error::new(e.to_string()))
@@ -78,7 +76,7 @@ fn full(path: &Path, jobs: usize, blocks: u64, files: u64) -> Result<Value> {
     run.commit(entries, 0)
 }
 
-fn incremental(path: &Path, jobs: usize) -> Result<Value> {
+fn incremental(path: &Path, jobs: usize, one_in: u64) -> Result<Value> {
     let repo = Repository::open(path)?;
     let parent = repo.catalog(&ClusterName::default())?.select("latest")?;
     let run = Run::begin(&repo, Some(repo.manifest(&parent.cluster, parent.id)?))?;
@@ -90,7 +88,7 @@ fn incremental(path: &Path, jobs: usize) -> Result<Value> {
         for part in &mut entry.parts {
             let places = part.layers.iter().map(|layer| layer.locations_len + layer.fingerprints_len);
             read.fetch_add(places.map(u64::from).sum(), Ordering::Relaxed);
-            *part = run.changed_part(seed + index as u64, part)?;
+            *part = run.changed_part(seed + index as u64, one_in, part)?;
         }
         Ok(entry)
     })?;
@@ -232,12 +230,12 @@ impl<'r> Run<'r> {
         Ok(PartMap { layers: vec![write_layer(&self.map, &layer)?], data })
     }
 
-    /// A part of which some blocks changed, upon what the parent says of it.
-    fn changed_part(&self, seed: u64, map: &PartMap) -> Result<PartMap> {
+    /// A part of which one block of so many changed, upon what the parent says of it.
+    fn changed_part(&self, seed: u64, one_in: u64, map: &PartMap) -> Result<PartMap> {
         let stack = Stack { repo: self.repo, parent: self.parent.as_ref(), map: &self.map };
         let known = stack.fingerprints(map)?;
         let mut random = Random::new(seed);
-        let mut step = || 1 + random.below(2 * CHANGED_BLOCKS - 1);
+        let mut step = || 1 + random.below(2 * one_in - 1);
         let all = std::iter::successors(Some(step() - 1), |block| Some(block + step()));
         let changed: Vec<u32> = all.take_while(|block| *block < known.len() as u64).map(|block| block as u32).collect();
         if changed.is_empty() {
@@ -440,8 +438,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("repo");
         full(&path, 2, 2 * u64::from(PART_BLOCKS), 40).unwrap();
-        incremental(&path, 2).unwrap();
-        incremental(&path, 2).unwrap();
+        incremental(&path, 2, 100).unwrap();
+        incremental(&path, 2, 100).unwrap();
         let repo = Repository::open(&path).unwrap();
         let options = merge::Options { backup: "latest".to_owned(), ..merge::Options::default() };
         let merged = merge::run(&repo, &options, &Silent).unwrap();
