@@ -29,8 +29,8 @@ use crate::stage::{Scene, Stage};
 use crate::{MergeArgs, machine, read};
 
 const MAJOR: u32 = 18;
-/// Without summaries there is no incremental `pg_basebackup`; the WAL of a few nights is enough.
-const CONF: [&str; 2] = ["summarize_wal = on", "max_wal_size = 2GB"];
+/// Without summaries there is no incremental `pg_basebackup`; and more WAL than of a night is only in the way.
+const CONF: [&str; 2] = ["summarize_wal = on", "max_wal_size = 1GB"];
 const TOOLS: [&str; 4] = ["pgbench", "pg_basebackup", "pg_combinebackup", "pg_verifybackup"];
 const MB: f64 = 1e6;
 
