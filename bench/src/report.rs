@@ -157,7 +157,7 @@ impl Run<'_> {
         text += &disturbances(samples);
         let ratios = ratios(samples, self.steps);
         if !ratios.is_empty() {
-            text += &format!("\nSpeed beside the peers (2.00: twice as fast):\n{ratios}");
+            text += &format!("\nSpeed beside the peers in the same round (2.00: twice as fast; medians):\n{ratios}");
         }
         if !self.appendix.is_empty() {
             text += &format!("\n{}", self.appendix);
@@ -264,17 +264,29 @@ pub fn changed(samples: &[Sample], steps: &[Step]) -> String {
 }
 
 fn ratios(samples: &[Sample], steps: &[Step]) -> String {
-    let wall = |step: &Step| spread(samples, *step, |s| s.usage.wall.as_secs_f64()).map(|spread| spread.median);
     let mut text = String::new();
     for step in steps {
-        let Some(own) = wall(step) else { continue };
-        let beside = step.peers.iter().filter_map(|peer| Some(format!("{:.2} {}", wall(peer)? / own, peer.name)));
-        let beside = beside.collect::<Vec<_>>().join("; ");
+        let of = |peer: &Step| Some(format!("{:.2} {}", ratio(samples, *step, *peer)?, peer.name));
+        let beside = step.peers.iter().filter_map(of).collect::<Vec<_>>().join("; ");
         if !beside.is_empty() {
             let _ = writeln!(text, "{:<44} {beside}", step.name);
         }
     }
     text
+}
+
+/// How many times longer a peer took in the same round, the median of all rounds without disturbance, or of all rounds if there are
+/// none of these. What burdens the machine for minutes burdens both.
+fn ratio(samples: &[Sample], own: Step, peer: Step) -> Option<f64> {
+    let in_round = |step, round| samples.iter().find(|sample: &&Sample| (sample.step, sample.round) == (step, round));
+    let pairs = samples.iter().filter(|sample| sample.step == own);
+    let pairs: Vec<(&Sample, &Sample)> = pairs.filter_map(|own| Some((own, in_round(peer, own.round)?))).collect();
+    let wall = |sample: &Sample| sample.usage.wall.as_secs_f64();
+    let of = |(own, peer): &(&Sample, &Sample)| wall(peer) / wall(own);
+    let quiet = |(own, peer): &&(&Sample, &Sample)| !own.is_disturbed() && !peer.is_disturbed();
+    let undisturbed: Vec<f64> = pairs.iter().filter(quiet).map(of).collect();
+    let all = if undisturbed.is_empty() { pairs.iter().map(of).collect() } else { undisturbed };
+    Spread::of(all).map(|spread| spread.median)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -292,11 +304,18 @@ fn spread(samples: &[Sample], step: Step, value: fn(&Sample) -> f64) -> Option<S
     if values.is_empty() {
         values = samples().map(value).collect();
     }
-    values.sort_by(f64::total_cmp);
-    let (min, max) = (*values.first()?, *values.last()?);
-    let middle = values.len() / 2;
-    let median = if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 };
-    Some(Spread { count: values.len(), min, median, max })
+    Spread::of(values)
+}
+
+impl Spread {
+    fn of(mut values: Vec<f64>) -> Option<Self> {
+        values.sort_by(f64::total_cmp);
+        let (min, max) = (*values.first()?, *values.last()?);
+        let middle = values.len() / 2;
+        let odd = values.len() % 2 == 1;
+        let median = if odd { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 };
+        Some(Self { count: values.len(), min, median, max })
+    }
 }
 
 #[cfg(test)]
@@ -351,6 +370,16 @@ mod tests {
         assert_eq!(ratios, "pgstrata incremental, unchanged              0.50 cat\n");
         let changed = changed(&samples, &[UNCHANGED, CHANGED]);
         assert_eq!(changed, "pgstrata incremental, unchanged: 10 blocks (1.00 %) differed\n");
+    }
+
+    #[test]
+    fn peers_are_compared_in_the_same_round() {
+        let in_round = |round, own, peer| [sample(UNCHANGED, round, own), sample(CAT, round, peer)];
+        let mut samples = [in_round(1, 1, 2), in_round(2, 10, 30), in_round(3, 1, 2)].concat();
+        assert_eq!(ratio(&samples, UNCHANGED, CAT), Some(2.0));
+        samples[0].usage.others = 0.5;
+        samples[5].usage.others = 0.5;
+        assert_eq!(ratio(&samples, UNCHANGED, CAT), Some(3.0));
     }
 
     #[test]
