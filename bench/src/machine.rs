@@ -6,15 +6,15 @@ use std::path::Path;
 use std::process::Command;
 
 use testdata::Result;
+use testdata::cluster::Cluster;
 
 use crate::cannot;
-use crate::stage::Stage;
 
 /// Processor, cores, memory, kernel, file system.
 ///
 /// # Errors
 /// When the work directory's file system cannot be told.
-pub fn machine(stage: &Stage) -> Result<String> {
+pub fn machine(work: &Path) -> Result<String> {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let mut text = String::new();
@@ -24,7 +24,7 @@ pub fn machine(stage: &Stage) -> Result<String> {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let _ = writeln!(text, "memory       {}", field(&meminfo, "MemTotal").unwrap_or("unknown"));
     let _ = writeln!(text, "kernel       Linux {}", rustix::system::uname().release().to_string_lossy());
-    let _ = writeln!(text, "file system  {}", file_system(stage.work())?);
+    let _ = writeln!(text, "file system  {}", file_system(work)?);
     Ok(text)
 }
 
@@ -41,27 +41,33 @@ pub fn load_average() -> String {
     text.split_whitespace().take(3).collect::<Vec<_>>().join(" ")
 }
 
-/// pgstrata, its commit, Rust, PostgreSQL and the peers.
-pub fn versions(stage: &Stage) -> String {
-    let first_line = |command: &mut Command| {
-        let output = command.output().ok().filter(|output| output.status.success());
-        let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-        text.and_then(|text| Some(text.lines().next()?.to_owned())).unwrap_or_else(|| "none".to_owned())
-    };
+/// pgstrata, its commit, Rust, and, where there is a cluster, PostgreSQL and the peers.
+pub fn versions(cluster: Option<&Cluster>) -> String {
     let source = env!("CARGO_MANIFEST_DIR");
     let git = |args: &[&str]| first_line(Command::new("git").args(["-C", source]).args(args));
     let changed = git(&["status", "--porcelain", "--", "../engine", "../cli", "../Cargo.lock"]);
     let commit = git(&["rev-parse", "--short=12", "HEAD"]);
     let commit = if ["", "none"].contains(&changed.as_str()) { commit } else { format!("{commit}, with changes") };
-    let basebackup = stage.cluster().tool("pg_basebackup").map(|mut tool| first_line(tool.arg("--version")));
     let mut text = String::new();
-    let _ = writeln!(text, "pgstrata       {} (commit {commit})", env!("CARGO_PKG_VERSION"));
-    let _ = writeln!(text, "rust           {}", first_line(Command::new("rustc").arg("--version")));
-    let _ = writeln!(text, "server         PostgreSQL {}", stage.cluster().server().version);
-    let _ = writeln!(text, "pg_basebackup  {}", basebackup.unwrap_or_else(|_| "none".to_owned()));
-    let _ = writeln!(text, "cat            {}", first_line(Command::new("cat").arg("--version")));
-    let _ = writeln!(text, "cp             {}", first_line(Command::new("cp").arg("--version")));
+    let _ = writeln!(text, "pgstrata          {} (commit {commit})", env!("CARGO_PKG_VERSION"));
+    let _ = writeln!(text, "rust              {}", first_line(Command::new("rustc").arg("--version")));
+    let Some(cluster) = cluster else { return text };
+    let _ = writeln!(text, "server            PostgreSQL {}", cluster.server().version);
+    for name in ["pg_basebackup", "pg_combinebackup"] {
+        let version = cluster.tool(name).map(|mut tool| first_line(tool.arg("--version")));
+        let _ = writeln!(text, "{name:<17} {}", version.unwrap_or_else(|_| "none".to_owned()));
+    }
+    for name in ["cat", "cp"] {
+        let _ = writeln!(text, "{name:<17} {}", first_line(Command::new(name).arg("--version")));
+    }
     text
+}
+
+/// The first line that a program prints.
+fn first_line(command: &mut Command) -> String {
+    let output = command.output().ok().filter(|output| output.status.success());
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    text.and_then(|text| Some(text.lines().next()?.to_owned())).unwrap_or_else(|| "none".to_owned())
 }
 
 /// The value of `name: value` or `name<tab>: value`.

@@ -1,14 +1,20 @@
 //! Workloads, peers and measurements: how fast a night with pgstrata is on this machine, and beside what.
 //!
 //! `nightly` makes a throwaway cluster and runs the commands of a night on it, each several times and in turns with its
-//! peers; `kernels` times the inner loops alone. Every command is measured from outside, as a whole process; what is
+//! peers; `merge` does the same with a month of nights; `metadata` has the metadata of a large cluster without the cluster;
+//! `kernels` times the inner loops alone. Every command is measured from outside, as a whole process; what is
 //! printed is kept, with every raw sample, under `bench/runs/`.
 //!
 //! | file | what it knows |
 //! |---|---|
 //! | `nightly` | the rounds: which command runs when, and on what |
-//! | `stage` | the cluster, its server, the scratch directory, and the removal of all three |
+//! | `merge` | a month of nights, by pgstrata and by `pg_basebackup`, and what is made of them |
+//! | `metadata` | a repository of a large cluster, and the commands on it |
+//! | `simulated` | what fills that repository: a backup without the data |
+//! | `stage` | the cluster and its server |
+//! | `scratch` | the scratch directory, the same start for all commands, and the end |
 //! | `measure` | one command as a process: time, processor time, memory |
+//! | `record` | rounds and their samples |
 //! | `report` | samples to tables and files |
 //! | `machine` | what it ran on |
 //! | `torture` | what is killed and crowded, and whether anything is lost |
@@ -18,9 +24,14 @@
 mod kernels;
 mod machine;
 mod measure;
+mod merge;
+mod metadata;
 mod nightly;
 mod read;
+mod record;
 mod report;
+mod scratch;
+mod simulated;
 mod stage;
 mod torture;
 
@@ -41,6 +52,9 @@ struct Cli {
 #[derive(Subcommand)]
 enum Workload {
     Nightly(NightlyArgs),
+    Merge(MergeArgs),
+    Metadata(MetadataArgs),
+    Simulate(SimulateArgs),
     Kernels(KernelArgs),
     Read(ReadArgs),
     Torture(TortureArgs),
@@ -73,12 +87,19 @@ struct NightlyArgs {
     #[arg(long)]
     cold: bool,
 
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+/// Options of every workload with rounds.
+#[derive(Args, Debug)]
+struct CommonArgs {
     /// On a busy machine: before each command, wait for so long at most until nobody else computes, and repeat rounds in
     /// which somebody did.
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     patience: u64,
 
-    /// Keep the cluster, the last repository and the last copies.
+    /// Keep the scratch directory.
     #[arg(long)]
     keep: bool,
 
@@ -86,9 +107,110 @@ struct NightlyArgs {
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
 
-    /// Names the directory of the results: bench/runs/DATE-NAME [default: nightly-SCALE].
+    /// Names the directory of the results: bench/runs/DATE-NAME [default: the workload and its size].
     #[arg(long, value_name = "NAME", value_parser = parse_name)]
     name: Option<String>,
+}
+
+impl CommonArgs {
+    /// The option as it was given, for whoever wants to do the same.
+    fn shown_patience(&self) -> String {
+        if self.patience > 0 { format!(" --patience {}", self.patience) } else { String::new() }
+    }
+}
+
+/// Merging a month of nights and restoring the outcome, beside `pg_combinebackup` and cp.
+#[derive(Args, Debug)]
+struct MergeArgs {
+    /// pgbench's scale: 300 is a cluster of about 4.5 GB.
+    #[arg(long, value_name = "N", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
+    scale: u32,
+
+    /// Backups in the history: a full one and the incrementals of the nights after it.
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(2..))]
+    nights: u32,
+
+    /// How often each command runs.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+
+    /// pgstrata's --jobs.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    jobs: u32,
+
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+/// The commands that read and write metadata only, in a repository of a large cluster that has no data.
+#[derive(Args, Debug)]
+struct MetadataArgs {
+    /// The cluster's size in TiB. For each, about 2.3 GB are written.
+    #[arg(long, value_name = "N", default_value_t = 1.0)]
+    terabytes: f64,
+
+    /// The cluster's files.
+    #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..))]
+    files: u32,
+
+    /// One block of so many changes before each incremental; the changed ones are scattered.
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    one_in: u32,
+
+    /// Incrementals after the full backup.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..))]
+    nights: u32,
+
+    /// How often each command runs that can be repeated.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+
+    /// Number of workers.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    jobs: u32,
+
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+/// One step of `metadata` that pgstrata has no command for, as a process of its own.
+#[derive(Args, Debug)]
+#[command(hide = true)]
+struct SimulateArgs {
+    /// Number of workers.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    jobs: u32,
+
+    /// The repository.
+    #[arg(long)]
+    repo: PathBuf,
+
+    #[command(subcommand)]
+    what: Simulated,
+}
+
+#[derive(Subcommand, Debug)]
+enum Simulated {
+    /// A full backup into a new repository.
+    Full {
+        /// Blocks of the cluster.
+        #[arg(long)]
+        blocks: u64,
+        /// Its files.
+        #[arg(long)]
+        files: u32,
+    },
+    /// An incremental.
+    Incremental {
+        /// One block of so many changed.
+        #[arg(long)]
+        one_in: u32,
+    },
+    /// What a restore does before it reads a chunk.
+    Restore {
+        /// Of which backup.
+        backup: String,
+    },
 }
 
 /// The inner loops, on one core: page checksum, fingerprint, compression.
@@ -131,6 +253,9 @@ struct ReadArgs {
 fn main() -> ExitCode {
     let done = match Cli::parse().workload {
         Workload::Nightly(args) => nightly::run(&args),
+        Workload::Merge(args) => merge::run(&args),
+        Workload::Metadata(args) => metadata::run(&args),
+        Workload::Simulate(args) => simulated::run(&args).map(|facts| println!("{facts}")),
         Workload::Kernels(args) => kernels::run(args.pages.as_deref()).map(|table| print!("{table}")),
         Workload::Torture(args) => torture::run(&args),
         Workload::Read(args) => read::run(&args.data_dir, args.jobs),

@@ -4,7 +4,7 @@
 //! 256 KiB that a backup makes.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -58,6 +58,24 @@ pub fn tree_len(directory: &Path) -> Result<u64> {
     Ok(len)
 }
 
+/// The bytes of the files below `directory` that have no other name: what a copy by hard links left out does not count.
+///
+/// # Errors
+/// When a directory cannot be read.
+pub fn own_len(directory: &Path) -> Result<u64> {
+    let mut len = 0;
+    for entry in fs::read_dir(directory).map_err(|e| cannot("list", directory, e))? {
+        let path = entry.map_err(|e| cannot("list", directory, e))?.path();
+        let metadata = fs::symlink_metadata(&path).map_err(|e| cannot("look at", &path, e))?;
+        len += match metadata.is_dir() {
+            true => own_len(&path)?,
+            false if metadata.nlink() == 1 => metadata.len(),
+            false => 0,
+        };
+    }
+    Ok(len)
+}
+
 /// Reads everything by `jobs` threads.
 ///
 /// # Errors
@@ -99,6 +117,16 @@ fn read_slice(path: &Path, from: u64, window: &mut [u8]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_with_two_names_is_nobodys_own() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("base")).unwrap();
+        fs::write(dir.path().join("base/1"), [7; 100]).unwrap();
+        assert_eq!(own_len(dir.path()).unwrap(), 100);
+        fs::hard_link(dir.path().join("base/1"), dir.path().join("2")).unwrap();
+        assert_eq!(own_len(dir.path()).unwrap(), 0);
+    }
 
     #[test]
     fn the_wal_is_not_read_but_counts_in_a_tree() {

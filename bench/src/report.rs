@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 use testdata::Result;
 
 use crate::measure::Usage;
-use crate::stage::Stage;
-use crate::{NightlyArgs, cannot, machine, nightly};
+use crate::record::Recorder;
+use crate::scratch::Scratch;
+use crate::{cannot, machine};
 
 const GB: f64 = 1e9;
 const MB: f64 = 1e6;
@@ -18,74 +19,35 @@ const BLOCK_LEN: f64 = 8192.0;
 /// Of all processors' time: what others may use while a command runs.
 const DISTURBED: f64 = 0.15;
 
-/// What is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// Reading all files in one process.
-    Cat,
-    /// Reading all files by several threads.
-    Read,
-    /// A full backup into a new repository.
-    Full,
-    /// An incremental after no change.
-    Unchanged,
-    /// An incremental after a change of about 1 %.
-    Changed,
-    /// Checking everything in the repository.
-    Verify,
-    /// Restoring the full backup.
-    RestoreFull,
-    /// Restoring the last incremental.
-    RestoreLast,
-    /// PostgreSQL's own backup into a directory.
-    BasebackupPlain,
-    /// PostgreSQL's own backup, compressed by the server.
-    BasebackupTar,
-    /// Copying a restored directory, and sync.
-    Copy,
+/// What the table's columns are, where commands work on a cluster.
+pub const LEGEND: &str = "Medians; rates are over the cluster's bytes. CPU: user and system of the process and its \
+    children; server: of\nPostgreSQL on its behalf. Peak: resident memory of the largest process. Read: from the \
+    repository or the cluster, as\npgstrata says it. Written: what it left on disk.\n";
+
+/// What is measured: a row of the table.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// For the table.
+    pub name: &'static str,
+    /// What it is compared with.
+    peers: &'static [Step],
 }
 
 impl Step {
-    /// In the table's order.
-    pub const ALL: [Step; 11] = [
-        Step::Full,
-        Step::Unchanged,
-        Step::Changed,
-        Step::Verify,
-        Step::RestoreFull,
-        Step::RestoreLast,
-        Step::Cat,
-        Step::Read,
-        Step::BasebackupPlain,
-        Step::BasebackupTar,
-        Step::Copy,
-    ];
-
-    /// For the table.
-    pub fn name(self) -> &'static str {
-        match self {
-            Step::Cat => "cat",
-            Step::Read => "parallel read",
-            Step::Full => "pgstrata full",
-            Step::Unchanged => "pgstrata incremental, unchanged",
-            Step::Changed => "pgstrata incremental, 1 % changed",
-            Step::Verify => "pgstrata verify, all three",
-            Step::RestoreFull => "pgstrata restore of the full",
-            Step::RestoreLast => "pgstrata restore of the last",
-            Step::BasebackupPlain => "pg_basebackup plain",
-            Step::BasebackupTar => "pg_basebackup tar, server zstd 1",
-            Step::Copy => "cp -a and sync",
-        }
+    /// A step that is compared with nothing.
+    pub const fn alone(name: &'static str) -> Self {
+        Self { name, peers: &[] }
     }
 
-    /// What it is compared with.
-    fn peers(self) -> &'static [Step] {
-        match self {
-            Step::Full => &[Step::Cat, Step::Read, Step::BasebackupPlain, Step::BasebackupTar],
-            Step::Unchanged | Step::Changed => &[Step::Cat, Step::Read, Step::BasebackupPlain],
-            Step::RestoreFull | Step::RestoreLast => &[Step::Cat, Step::Copy],
-            _ => &[],
-        }
+    /// A step that is compared with others.
+    pub const fn beside(name: &'static str, peers: &'static [Step]) -> Self {
+        Self { name, peers }
+    }
+}
+
+impl PartialEq for Step {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
     }
 }
 
@@ -102,6 +64,8 @@ pub struct Sample {
     pub cluster_bytes: u64,
     /// What it left on disk.
     pub bytes_written: u64,
+    /// What it read, if it says so.
+    pub bytes_read: Option<u64>,
     /// Blocks that a backup found changed.
     pub blocks_changed: Option<u64>,
     /// The machine's load of the minute before.
@@ -120,44 +84,92 @@ impl Sample {
 pub struct Notes {
     /// The commands of the first round.
     pub commands: Vec<String>,
-    /// Why the compressed `pg_basebackup` was left out.
-    pub tar_skipped: Option<String>,
-    /// The table of the kernels.
-    pub kernels: String,
     /// Load averages before the first round.
     pub load_before: String,
     /// Load averages after the last round.
     pub load_after: String,
 }
 
-/// Prints the summary and writes the run's files.
-///
-/// # Errors
-/// When they cannot be written.
-pub fn write_run(args: &NightlyArgs, stage: &Stage, samples: &[Sample], notes: &Notes) -> Result<()> {
-    let summary = summary(args, samples, notes);
-    print!("{summary}");
-    let directory = make_directory(args)?;
-    let loads = format!("load         {} before, {} after (1, 5, 15 minutes)\n", notes.load_before, notes.load_after);
-    for (name, text) in [
-        ("samples.csv", csv(samples)),
-        ("machine.txt", machine::machine(stage)? + &loads),
-        ("command.txt", command(args, notes)),
-        ("versions.txt", machine::versions(stage)),
-        ("summary.txt", summary),
-    ] {
-        let path = directory.join(name);
-        fs::write(&path, text).map_err(|e| cannot("write", &path, e))?;
+/// A run that is done.
+pub struct Run<'a> {
+    /// Names the directory of the results.
+    pub name: String,
+    /// What it was, in a line.
+    pub title: String,
+    /// What to type for the same.
+    pub command: String,
+    /// What else belongs to the commands.
+    pub settings: String,
+    /// What the columns are.
+    pub legend: &'static str,
+    /// What was found out besides, in lines.
+    pub found: String,
+    /// Another table.
+    pub appendix: String,
+    /// The rows.
+    pub steps: &'a [Step],
+    /// The samples.
+    pub recorder: &'a Recorder,
+    /// Where it was.
+    pub scratch: &'a Scratch,
+    /// With what.
+    pub versions: String,
+}
+
+impl Run<'_> {
+    /// Prints the summary and writes the run's files.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub fn write(&self) -> Result<()> {
+        let summary = self.summary();
+        print!("{summary}");
+        let directory = make_directory(&self.name)?;
+        let Recorder { samples, notes, .. } = self.recorder;
+        let loads =
+            format!("load         {} before, {} after (1, 5, 15 minutes)\n", notes.load_before, notes.load_after);
+        for (name, text) in [
+            ("samples.csv", csv(samples)),
+            ("machine.txt", machine::machine(self.scratch.work())? + &loads),
+            ("command.txt", self.commands()),
+            ("versions.txt", self.versions.clone()),
+            ("summary.txt", summary),
+        ] {
+            let path = directory.join(name);
+            fs::write(&path, text).map_err(|e| cannot("write", &path, e))?;
+        }
+        println!("\nwritten to {}", directory.display());
+        Ok(())
     }
-    println!("\nwritten to {}", directory.display());
-    Ok(())
+
+    fn commands(&self) -> String {
+        let mut text = format!("cargo run --release -p bench -- {}\n\n{}\n", self.command, self.settings);
+        self.recorder.notes.commands.iter().for_each(|command| {
+            let _ = writeln!(text, "  {command}");
+        });
+        text
+    }
+
+    fn summary(&self) -> String {
+        let samples = &self.recorder.samples;
+        let mut text = format!("{}\n\n{}\n{}", self.title, table(samples, self.steps), self.legend);
+        text += &self.found;
+        text += &disturbances(samples);
+        let ratios = ratios(samples, self.steps);
+        if !ratios.is_empty() {
+            text += &format!("\nSpeed beside the peers in the same round (2.00: twice as fast; medians):\n{ratios}");
+        }
+        if !self.appendix.is_empty() {
+            text += &format!("\n{}", self.appendix);
+        }
+        text
+    }
 }
 
 /// A new directory `bench/runs/DATE-NAME`, with a number if there is one already.
-fn make_directory(args: &NightlyArgs) -> Result<PathBuf> {
+fn make_directory(name: &str) -> Result<PathBuf> {
     let runs = Path::new(env!("CARGO_MANIFEST_DIR")).join("runs");
     fs::create_dir_all(&runs).map_err(|e| cannot("make", &runs, e))?;
-    let name = args.name.clone().unwrap_or_else(|| format!("nightly-{}", args.scale));
     let base = format!("{}-{name}", jiff::Zoned::now().date());
     let numbered = |number: u32| if number == 1 { base.clone() } else { format!("{base}-{number}") };
     for number in 1.. {
@@ -170,63 +182,22 @@ fn make_directory(args: &NightlyArgs) -> Result<PathBuf> {
     Err(cannot("make a directory in", &runs, "all names are taken"))
 }
 
-fn command(args: &NightlyArgs, notes: &Notes) -> String {
-    let NightlyArgs { scale, runs, major, jobs, compress, cold, patience, .. } = args;
-    let cold = if *cold { " --cold" } else { "" };
-    let patience = if *patience > 0 { format!(" --patience {patience}") } else { String::new() };
-    let mut text = format!(
-        "cargo run --release -p bench -- nightly --scale {scale} --runs {runs} --major {major} --jobs {jobs} \
-         --compress {compress}{cold}{patience}\n\nThe server's settings: {}\n\nThe commands of the first round; WORK is the \
-         scratch directory. Before each: CHECKPOINT, syncfs, all files read once.\n",
-        nightly::settings()
-    );
-    notes.commands.iter().for_each(|command| {
-        let _ = writeln!(text, "  {command}");
-    });
-    text
-}
-
 fn csv(samples: &[Sample]) -> String {
     let mut text = "step,round,wall_s,user_s,sys_s,server_cpu_s,others,peak_rss_bytes,cluster_bytes,bytes_written,\
-                    blocks_changed,load_1min\n"
+                    blocks_changed,load_1min,bytes_read\n"
         .to_owned();
-    for Sample { step, round, usage, cluster_bytes, bytes_written, blocks_changed, load } in samples {
+    for Sample { step, round, usage, cluster_bytes, bytes_written, bytes_read, blocks_changed, load } in samples {
         let [wall, user, sys, server] =
             [usage.wall, usage.user, usage.sys, usage.server].map(|time| time.as_secs_f64());
-        let changed = blocks_changed.map_or_else(String::new, |count| count.to_string());
+        let [changed, read] =
+            [blocks_changed, bytes_read].map(|count| count.map_or_else(String::new, |n| n.to_string()));
         let _ = writeln!(
             text,
-            "\"{}\",{round},{wall:.6},{user:.6},{sys:.6},{server:.2},{:.3},{},{cluster_bytes},{bytes_written},{changed},{load}",
-            step.name(),
-            usage.others,
-            usage.peak_rss
+            "\"{}\",{round},{wall:.6},{user:.6},{sys:.6},{server:.2},{:.3},{},{cluster_bytes},{bytes_written},{changed},{load},{read}",
+            step.name, usage.others, usage.peak_rss
         );
     }
     text
-}
-
-fn summary(args: &NightlyArgs, samples: &[Sample], notes: &Notes) -> String {
-    let cluster_bytes = samples.first().map_or(0, |sample| sample.cluster_bytes) as f64;
-    let cache = if args.cold { "caches dropped before each command" } else { "caches warm" };
-    let mut text = format!(
-        "pgbench at scale {}: {:.0} MB without the WAL; PostgreSQL {}; --jobs {}, --compress {}; {cache}\n\n",
-        args.scale,
-        cluster_bytes / MB,
-        args.major,
-        args.jobs,
-        args.compress
-    );
-    text += &table(samples);
-    text += "\nMedians; rates are over the cluster's bytes. CPU: user and system of the process and its children; server: of\n\
-             PostgreSQL on its behalf. Peak: resident memory of the largest process. Written: what it left on disk.\n";
-    text += &disturbances(samples);
-    if let Some(why) = &notes.tar_skipped {
-        let _ = writeln!(text, "{} was left out: {why}", Step::BasebackupTar.name());
-    }
-    text += &changed(samples);
-    text += "\nSpeed beside the peers (2.00: twice as fast):\n";
-    text += &ratios(samples);
-    text + "\n" + &notes.kernels
 }
 
 /// Which samples do not count, and which should not.
@@ -240,65 +211,82 @@ fn disturbances(samples: &[Sample]) -> String {
             "{disturbed} of {all} samples are left out: others used more than {percent} % of the machine."
         );
     }
-    for step in Step::ALL {
-        let mut own = samples.iter().filter(|sample| sample.step == step).peekable();
-        if own.peek().is_some() && own.all(Sample::is_disturbed) {
-            let _ = writeln!(text, "All samples of {:?} are disturbed: its numbers are worth little.", step.name());
+    let mut named: Vec<&str> = Vec::new();
+    for Sample { step, .. } in samples {
+        let mut own = samples.iter().filter(|sample| sample.step == *step);
+        if !named.contains(&step.name) && own.all(Sample::is_disturbed) {
+            named.push(step.name);
+            let _ = writeln!(text, "All samples of {:?} are disturbed: its numbers are worth little.", step.name);
         }
     }
     text
 }
 
-fn table(samples: &[Sample]) -> String {
+fn table(samples: &[Sample], steps: &[Step]) -> String {
     let mut text = format!(
-        "{:<34} {:>5} {:>8}  {:>17} {:>6} {:>7} {:>7} {:>8} {:>10}\n",
-        "", "runs", "wall s", "min .. max", "GB/s", "CPU s", "server", "peak MB", "written MB"
+        "{:<44} {:>5} {:>8}  {:>19} {:>6} {:>7} {:>7} {:>8} {:>10} {:>10}\n",
+        "", "runs", "wall s", "min .. max", "GB/s", "CPU s", "server", "peak MB", "read MB", "written MB"
     );
-    for step in Step::ALL {
-        let of = |value: fn(&Sample) -> f64| spread(samples, step, value);
+    for step in steps {
+        let of = |value: fn(&Sample) -> f64| spread(samples, *step, value);
         let Some(Spread { count, min, median, max }) = of(|s| s.usage.wall.as_secs_f64()) else { continue };
         let middle = |value| of(value).map_or(0.0, |spread| spread.median);
+        let tells = samples.iter().any(|sample| sample.step == *step && sample.bytes_read.is_some());
+        let read = || format!("{:.1}", middle(|s| s.bytes_read.unwrap_or(0) as f64) / MB);
         let _ = writeln!(
             text,
-            "{:<34} {count:>5} {median:>8.3}  {:>17} {:>6.2} {:>7.2} {:>7.2} {:>8.0} {:>10.1}",
-            step.name(),
+            "{:<44} {count:>5} {median:>8.3}  {:>19} {:>6.2} {:>7.2} {:>7.2} {:>8.0} {:>10} {:>10.1}",
+            step.name,
             format!("{min:.3} .. {max:.3}"),
             middle(|s| s.cluster_bytes as f64) / median / GB,
             middle(|s| (s.usage.user + s.usage.sys).as_secs_f64()),
             middle(|s| s.usage.server.as_secs_f64()),
             middle(|s| s.usage.peak_rss as f64) / MB,
+            if tells { read() } else { "-".to_owned() },
             middle(|s| s.bytes_written as f64) / MB,
         );
     }
     text
 }
 
-/// How many blocks the incrementals found changed.
-fn changed(samples: &[Sample]) -> String {
+/// How many blocks these incrementals found changed.
+pub fn changed(samples: &[Sample], steps: &[Step]) -> String {
     let mut text = String::new();
-    for step in [Step::Unchanged, Step::Changed] {
-        let blocks = spread(samples, step, |s| s.blocks_changed.unwrap_or(0) as f64);
-        let cluster = spread(samples, step, |s| s.cluster_bytes as f64 / BLOCK_LEN);
+    for step in steps {
+        let blocks = spread(samples, *step, |s| s.blocks_changed.unwrap_or(0) as f64);
+        let cluster = spread(samples, *step, |s| s.cluster_bytes as f64 / BLOCK_LEN);
         if let (Some(blocks), Some(cluster)) = (blocks, cluster) {
             let percent = blocks.median / cluster.median * 100.0;
-            let _ = writeln!(text, "{}: {} blocks ({percent:.2} %) differed", step.name(), blocks.median);
+            let _ = writeln!(text, "{}: {} blocks ({percent:.2} %) differed", step.name, blocks.median);
         }
     }
     text
 }
 
-fn ratios(samples: &[Sample]) -> String {
-    let wall = |step| spread(samples, step, |s| s.usage.wall.as_secs_f64()).map(|spread| spread.median);
+fn ratios(samples: &[Sample], steps: &[Step]) -> String {
     let mut text = String::new();
-    for step in Step::ALL {
-        let Some(own) = wall(step) else { continue };
-        let beside = step.peers().iter().filter_map(|peer| Some(format!("{:.2} {}", wall(*peer)? / own, peer.name())));
-        let beside = beside.collect::<Vec<_>>().join("; ");
+    for step in steps {
+        let of = |peer: &Step| Some(format!("{:.2} {}", ratio(samples, *step, *peer)?, peer.name));
+        let beside = step.peers.iter().filter_map(of).collect::<Vec<_>>().join("; ");
         if !beside.is_empty() {
-            let _ = writeln!(text, "{:<34} {beside}", step.name());
+            let _ = writeln!(text, "{:<44} {beside}", step.name);
         }
     }
     text
+}
+
+/// How many times longer a peer took in the same round, the median of all rounds without disturbance, or of all rounds if there are
+/// none of these. What burdens the machine for minutes burdens both.
+fn ratio(samples: &[Sample], own: Step, peer: Step) -> Option<f64> {
+    let in_round = |step, round| samples.iter().find(|sample: &&Sample| (sample.step, sample.round) == (step, round));
+    let pairs = samples.iter().filter(|sample| sample.step == own);
+    let pairs: Vec<(&Sample, &Sample)> = pairs.filter_map(|own| Some((own, in_round(peer, own.round)?))).collect();
+    let wall = |sample: &Sample| sample.usage.wall.as_secs_f64();
+    let of = |(own, peer): &(&Sample, &Sample)| wall(peer) / wall(own);
+    let quiet = |(own, peer): &&(&Sample, &Sample)| !own.is_disturbed() && !peer.is_disturbed();
+    let undisturbed: Vec<f64> = pairs.iter().filter(quiet).map(of).collect();
+    let all = if undisturbed.is_empty() { pairs.iter().map(of).collect() } else { undisturbed };
+    Spread::of(all).map(|spread| spread.median)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -316,11 +304,18 @@ fn spread(samples: &[Sample], step: Step, value: fn(&Sample) -> f64) -> Option<S
     if values.is_empty() {
         values = samples().map(value).collect();
     }
-    values.sort_by(f64::total_cmp);
-    let (min, max) = (*values.first()?, *values.last()?);
-    let middle = values.len() / 2;
-    let median = if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 };
-    Some(Spread { count: values.len(), min, median, max })
+    Spread::of(values)
+}
+
+impl Spread {
+    fn of(mut values: Vec<f64>) -> Option<Self> {
+        values.sort_by(f64::total_cmp);
+        let (min, max) = (*values.first()?, *values.last()?);
+        let middle = values.len() / 2;
+        let odd = values.len() % 2 == 1;
+        let median = if odd { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 };
+        Some(Self { count: values.len(), min, median, max })
+    }
 }
 
 #[cfg(test)]
@@ -329,24 +324,37 @@ mod tests {
 
     use super::*;
 
+    const CAT: Step = Step::alone("cat");
+    const CHANGED: Step = Step::alone("pgstrata incremental, 1 % changed");
+    const UNCHANGED: Step = Step::beside("pgstrata incremental, unchanged", &[CAT]);
+
     fn sample(step: Step, round: u32, seconds: u64) -> Sample {
         let usage = Usage { wall: Duration::from_secs(seconds), ..Usage::default() };
         let (cluster_bytes, blocks_changed) = (8_192_000, Some(10));
-        Sample { step, round, usage, cluster_bytes, bytes_written: 5, blocks_changed, load: "0.1".to_owned() }
+        Sample {
+            step,
+            round,
+            usage,
+            cluster_bytes,
+            bytes_written: 5,
+            bytes_read: Some(8),
+            blocks_changed,
+            load: "0.1".to_owned(),
+        }
     }
 
     #[test]
     fn the_median_of_an_even_number_lies_between() {
-        let samples = [4, 1, 2, 9].map(|seconds| sample(Step::Cat, 1, seconds));
-        let spread = spread(&samples, Step::Cat, |s| s.usage.wall.as_secs_f64());
+        let samples = [4, 1, 2, 9].map(|seconds| sample(CAT, 1, seconds));
+        let spread = spread(&samples, CAT, |s| s.usage.wall.as_secs_f64());
         assert_eq!(spread, Some(Spread { count: 4, min: 1.0, median: 3.0, max: 9.0 }));
     }
 
     #[test]
     fn disturbed_samples_count_only_where_there_are_no_others() {
-        let mut samples = [4, 1, 2].map(|seconds| sample(Step::Cat, 1, seconds));
+        let mut samples = [4, 1, 2].map(|seconds| sample(CAT, 1, seconds));
         samples[0].usage.others = 0.5;
-        let median = |samples: &[Sample]| spread(samples, Step::Cat, |s| s.usage.wall.as_secs_f64()).unwrap().median;
+        let median = |samples: &[Sample]| spread(samples, CAT, |s| s.usage.wall.as_secs_f64()).unwrap().median;
         assert_eq!(median(&samples), 1.5);
         assert!(!disturbances(&samples).contains("little"));
         samples.iter_mut().for_each(|sample| sample.usage.others = 0.5);
@@ -356,17 +364,29 @@ mod tests {
 
     #[test]
     fn steps_that_did_not_run_are_neither_rows_nor_peers() {
-        let samples = [sample(Step::Cat, 1, 2), sample(Step::Unchanged, 1, 4)];
-        assert_eq!(table(&samples).lines().count(), 3);
-        assert_eq!(ratios(&samples), "pgstrata incremental, unchanged    0.50 cat\n");
-        assert_eq!(changed(&samples), "pgstrata incremental, unchanged: 10 blocks (1.00 %) differed\n");
+        let samples = [sample(CAT, 1, 2), sample(UNCHANGED, 1, 4)];
+        assert_eq!(table(&samples, &[UNCHANGED, CHANGED, CAT]).lines().count(), 3);
+        let ratios = ratios(&samples, &[UNCHANGED, CHANGED]);
+        assert_eq!(ratios, "pgstrata incremental, unchanged              0.50 cat\n");
+        let changed = changed(&samples, &[UNCHANGED, CHANGED]);
+        assert_eq!(changed, "pgstrata incremental, unchanged: 10 blocks (1.00 %) differed\n");
+    }
+
+    #[test]
+    fn peers_are_compared_in_the_same_round() {
+        let in_round = |round, own, peer| [sample(UNCHANGED, round, own), sample(CAT, round, peer)];
+        let mut samples = [in_round(1, 1, 2), in_round(2, 10, 30), in_round(3, 1, 2)].concat();
+        assert_eq!(ratio(&samples, UNCHANGED, CAT), Some(2.0));
+        samples[0].usage.others = 0.5;
+        samples[5].usage.others = 0.5;
+        assert_eq!(ratio(&samples, UNCHANGED, CAT), Some(3.0));
     }
 
     #[test]
     fn every_sample_is_a_line() {
-        let text = csv(&[sample(Step::Changed, 3, 4)]);
-        let line = "\"pgstrata incremental, 1 % changed\",3,4.000000,0.000000,0.000000,0.00,0.000,0,8192000,5,10,0.1";
+        let text = csv(&[sample(CHANGED, 3, 4)]);
+        let line = "\"pgstrata incremental, 1 % changed\",3,4.000000,0.000000,0.000000,0.00,0.000,0,8192000,5,10,0.1,8";
         assert_eq!(text.lines().nth(1), Some(line));
-        assert_eq!(text.lines().next().unwrap().split(',').count(), 12);
+        assert_eq!(text.lines().next().unwrap().split(',').count(), 13);
     }
 }

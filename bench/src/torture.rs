@@ -9,7 +9,7 @@ use testdata::torture::{self, Options};
 use testdata::{Error, Result};
 
 use crate::TortureArgs;
-use crate::stage::{build_pgstrata, say};
+use crate::scratch::{build_pgstrata, say};
 
 /// Runs the rounds and prints what they came to.
 ///

@@ -31,7 +31,7 @@ pub use manifest::{BackupType, ByteString, CorruptPage, Manifest, Setting, Table
 pub use names::{BackupId, ClusterName, PackKind, PackName};
 pub use pack::{Finished, PackInfo, Packer, Place};
 pub(crate) use pack::{PackTable, check_pack, read_record, with_lengths};
-pub(crate) use stack::{Stack, write_layer};
+pub use stack::{Stack, write_layer};
 pub(crate) use table::TableCursor;
 pub use table::{FileEntry, FileKind, LayerPlace, PagePlace, PartMap, TablePage, TableWriter, read_page};
 

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 pub(super) const MAX_LAYERS: usize = 8;
 
 /// Stacks new layers upon an earlier backup's.
-pub(crate) struct Stack<'a> {
+pub struct Stack<'a> {
     /// Where the earlier backup is.
     pub repo: &'a Repository,
     /// The earlier backup, if there is one.
@@ -28,12 +28,18 @@ pub(crate) struct Stack<'a> {
 
 impl Stack<'_> {
     /// The fingerprints of every block of a part of the parent.
+    ///
+    /// # Errors
+    /// `Missing` or `Corrupt`, with the object.
     pub fn fingerprints(&self, map: &PartMap) -> Result<Vec<Fingerprint>> {
         let flat = self.repo.flatten(self.parent()?, map, Depth::Fingerprints)?;
         flat.all_fingerprints().ok_or_else(|| Error::bug("a flattened layer without its fingerprints"))
     }
 
     /// Puts `layer` over `older`, newest first; it swallows those that are not more than twice as large.
+    ///
+    /// # Errors
+    /// `Missing` or `Corrupt` for an older layer; what the store says.
     pub fn add(&self, mut layer: Layer, mut older: &[LayerPlace]) -> Result<PartMap> {
         while let [next, rest @ ..] = older {
             let small = next.stored_blocks() <= 2 * layer.locations.stored_blocks();
@@ -61,7 +67,7 @@ impl Stack<'_> {
 ///
 /// # Errors
 /// What the store says.
-pub(crate) fn write_layer(map: &Packer, layer: &Layer) -> Result<LayerPlace> {
+pub fn write_layer(map: &Packer, layer: &Layer) -> Result<LayerPlace> {
     let locations = layer.locations.encode()?;
     let fingerprints = encode_fingerprints(&layer.fingerprints);
     let checked_len = |body: &[u8]| u32::try_from(body.len() + RECORD_CHECK_LEN).unwrap_or(u32::MAX);

@@ -1,0 +1,227 @@
+//! Where a workload works: a scratch directory, pgstrata's release binary in it, and the same start for every command.
+//!
+//! Whatever happens, the directory is removed when this is dropped. A signal does not end this program; it makes
+//! [`Scratch::measure`] fail, which leads there.
+
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use tempfile::TempDir;
+use testdata::cluster::succeed;
+use testdata::os_user::ServerUser;
+use testdata::{Error, Result};
+
+use crate::measure::{self, Usage};
+use crate::{CommonArgs, cannot};
+
+const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
+/// Of all processors' time: less is nobody.
+const QUIET: f64 = 0.1;
+const QUIET_PERIOD: Duration = Duration::from_secs(2);
+
+/// The scratch directory.
+pub struct Scratch {
+    user: ServerUser,
+    pgstrata: PathBuf,
+    interrupted: Arc<AtomicBool>,
+    cold: bool,
+    patience: Duration,
+    /// Directories in it that are read once before each command.
+    warm: &'static [&'static str],
+    handle: File,
+    /// Dropped last.
+    work: TempDir,
+}
+
+impl Scratch {
+    /// Builds pgstrata and makes the directory; `warm` names what in it is read once before each command, unless `cold` drops the
+    /// kernel's caches.
+    ///
+    /// # Errors
+    /// When any of that fails.
+    pub fn set(args: &CommonArgs, cold: bool, warm: &'static [&'static str]) -> Result<Self> {
+        let interrupted = watch_signals()?;
+        let built = build_pgstrata()?;
+        let user = ServerUser::get()?;
+        let mut work = match &args.dir {
+            Some(dir) => work_in(dir, &user)?,
+            None => user.scratch()?,
+        };
+        work.disable_cleanup(args.keep);
+        let pgstrata = work.path().join("pgstrata");
+        fs::copy(&built, &pgstrata).map_err(|e| cannot("copy", &built, e))?;
+        let handle = File::open(work.path()).map_err(|e| cannot("open", work.path(), e))?;
+        let patience = Duration::from_secs(args.patience);
+        Ok(Self { user, pgstrata, interrupted, cold, patience, warm, handle, work })
+    }
+
+    /// Who runs servers and commands.
+    pub fn user(&self) -> &ServerUser {
+        &self.user
+    }
+
+    /// The directory.
+    pub fn work(&self) -> &Path {
+        self.work.path()
+    }
+
+    /// A path in it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.work.path().join(name)
+    }
+
+    /// A command of pgstrata, as the server's user, with no configuration of this machine.
+    pub fn pgstrata(&self, command: &str) -> Command {
+        let mut pgstrata = self.user.command(&self.pgstrata);
+        pgstrata.env("PGSTRATA_CONFIG", "/dev/null").arg(command);
+        pgstrata
+    }
+
+    /// A program of this machine, as the server's user.
+    pub fn program(&self, program: &str) -> Command {
+        self.user.command(program)
+    }
+
+    /// This program, whatever directory it is in: the server's user may not be allowed to enter that.
+    pub fn this_program(&self) -> Command {
+        self.program("/proc/self/exe")
+    }
+
+    /// Runs one command with the same start for all: nothing waiting to be written, caches as asked, and nobody else at work, if
+    /// there is time to wait for that.
+    ///
+    /// # Errors
+    /// When it fails, or we were asked to end.
+    pub fn measure(&self, command: &mut Command, server_pid: Option<u32>) -> Result<Usage> {
+        self.go_on()?;
+        rustix::fs::syncfs(&self.handle).map_err(|e| cannot("sync", self.work(), e))?;
+        self.wait_for_quiet()?;
+        match self.cold {
+            true => fs::write(DROP_CACHES, "1").map_err(|e| cannot("write", DROP_CACHES.as_ref(), e))?,
+            // Even a machine with enough memory may have dropped what it thought cold.
+            false => self.warm.iter().try_for_each(|name| self.read_once(name))?,
+        }
+        self.measure_at_once(command, server_pid)
+    }
+
+    /// Runs one command, as things are.
+    ///
+    /// # Errors
+    /// When it fails, or we were asked to end.
+    pub fn measure_at_once(&self, command: &mut Command, server_pid: Option<u32>) -> Result<Usage> {
+        self.go_on()?;
+        let usage = measure::run(command, self.work(), server_pid);
+        self.go_on().and(usage)
+    }
+
+    fn go_on(&self) -> Result<()> {
+        if self.interrupted.load(Ordering::Relaxed) { Err(Error::new("interrupted")) } else { Ok(()) }
+    }
+
+    fn read_once(&self, name: &str) -> Result<()> {
+        let path = self.path(name);
+        if path.is_dir() { crate::read::run(&path, 1) } else { Ok(()) }
+    }
+
+    fn wait_for_quiet(&self) -> Result<()> {
+        let deadline = Instant::now() + self.patience;
+        while Instant::now() < deadline && !self.interrupted.load(Ordering::Relaxed) {
+            if measure::busy(QUIET_PERIOD)? < QUIET {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a directory of the scratch directory, if it is there.
+    ///
+    /// # Errors
+    /// When it stays.
+    pub fn clear(&self, name: &str) -> Result<()> {
+        let path = self.path(name);
+        match fs::remove_dir_all(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(cannot("remove", &path, e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes everything, unless it is to be kept; says where it is then.
+    pub fn close(self, keep: bool) {
+        if keep {
+            say(&format!("kept in {}", self.work().display()));
+        }
+    }
+
+    /// The command as one would type it, with names for this machine's directories.
+    pub fn shown(&self, command: &Command) -> String {
+        let work = self.work().display().to_string();
+        let program = Path::new(command.get_program()).file_name().unwrap_or_default();
+        let program = if program == "exe" { "bench".into() } else { program.to_string_lossy() };
+        let words = command.get_args().map(|arg| {
+            let arg = arg.to_string_lossy().replace(&work, "WORK");
+            if arg.contains([' ', '"']) { format!("'{arg}'") } else { arg }
+        });
+        std::iter::once(program.into_owned()).chain(words).collect::<Vec<_>>().join(" ")
+    }
+}
+
+/// Progress, for whoever waits.
+pub fn say(text: &str) {
+    eprintln!("bench: {text}");
+}
+
+/// Whether caches can be dropped; asked before anything is made.
+///
+/// # Errors
+/// When they cannot.
+pub fn must_drop_caches() -> Result<()> {
+    let writable = File::options().write(true).open(DROP_CACHES);
+    writable
+        .map(drop)
+        .map_err(|e| Error::new(format!("--cold cannot drop the kernel's caches here ({DROP_CACHES}: {e})")))
+}
+
+fn watch_signals() -> Result<Arc<AtomicBool>> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted))
+            .map_err(|e| Error::new(format!("cannot watch for signals: {e}")))?;
+    }
+    Ok(interrupted)
+}
+
+/// Builds the release binary in the profile's directory that this program is in, and returns its path.
+///
+/// # Errors
+/// When this program is not optimised itself, or pgstrata does not build.
+pub fn build_pgstrata() -> Result<PathBuf> {
+    let us = std::env::current_exe().map_err(|e| Error::new(format!("cannot tell where this program is: {e}")))?;
+    let directory = us.parent().filter(|directory| directory.ends_with("release"));
+    let directory =
+        directory.ok_or_else(|| Error::new("measuring needs optimised code: run it by cargo run --release"))?;
+    let target = directory.parent().unwrap_or(directory);
+    say("building pgstrata");
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(["build", "--release", "--quiet", "-p", "pgstrata", "--target-dir"]).arg(target);
+    succeed(cargo.current_dir(env!("CARGO_MANIFEST_DIR")))?;
+    Ok(directory.join("pgstrata"))
+}
+
+/// A new directory of the server's user inside `dir`.
+fn work_in(dir: &Path, user: &ServerUser) -> Result<TempDir> {
+    let dir = dir.canonicalize().map_err(|e| cannot("resolve", dir, e))?;
+    if !user.can_enter(&dir) {
+        return Err(cannot("work in", &dir, "the user who runs the servers may not enter it"));
+    }
+    let mut builder = tempfile::Builder::new();
+    let work = builder.prefix("pgstrata-bench-").permissions(fs::Permissions::from_mode(0o700)).tempdir_in(&dir);
+    let work = work.map_err(|e| cannot("make a directory in", &dir, e))?;
+    user.own(work.path())?;
+    Ok(work)
+}
