@@ -133,11 +133,12 @@ fn plan_restore(path: &Path, jobs: usize, backup: &str) -> Result<Value> {
     Ok(json!({ "bytes_read": read, "packs": packs.len(), "pieces": pieces, "windows": pieces.div_ceil(WINDOW_PIECES) }))
 }
 
-/// All entries of a backup's file table, and the bytes of its pages.
+/// The relation files of a backup's file table, and the bytes of its pages.
 fn entries_of(repo: &Repository, manifest: &Manifest) -> Result<(Vec<FileEntry>, u64)> {
     let mut entries = Vec::new();
     for page in &manifest.pages {
-        entries.extend(read_page(&**repo.store(), &manifest.cluster, page)?.entries);
+        let page = read_page(&**repo.store(), &manifest.cluster, page)?;
+        entries.extend(page.entries.into_iter().filter(|entry| entry.kind == FileKind::File && entry.len > 0));
     }
     Ok((entries, manifest.pages.iter().map(|page| u64::from(page.len)).sum()))
 }
@@ -155,16 +156,20 @@ fn files_of(blocks: u64, files: u64) -> Vec<FileEntry> {
     let small = |number| (format!("base/16385/{number}"), SMALL_BLOCKS >> random.below(12));
     all.extend((0..files.saturating_sub(segments)).map(small));
     all.sort_unstable();
-    let entry = |(path, blocks): (String, u64)| FileEntry {
-        path: path.into_bytes(),
-        kind: FileKind::File,
-        mode: 0o600,
-        uid: 26,
-        gid: 26,
-        len: blocks * BLOCK_LEN,
-        parts: Vec::new(),
-    };
-    all.into_iter().map(entry).collect()
+    all.into_iter().map(|(path, blocks)| entry(path, FileKind::File, blocks * BLOCK_LEN)).collect()
+}
+
+fn entry(path: impl Into<Vec<u8>>, kind: FileKind, len: u64) -> FileEntry {
+    FileEntry { path: path.into(), kind, mode: 0o600, uid: 26, gid: 26, len, parts: Vec::new() }
+}
+
+/// The entries with what a restore demands besides relation files: their directories, and a `pg_control`.
+fn with_surroundings(mut entries: Vec<FileEntry>) -> Vec<FileEntry> {
+    let directories = ["base", "base/16384", "base/16385", "global"];
+    entries.extend(directories.map(|path| entry(path, FileKind::Directory, 0)));
+    entries.push(entry("global/pg_control", FileKind::File, 0));
+    entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+    entries
 }
 
 /// Does something with each of `items`, in about their order, and returns the outcomes in their order.
@@ -273,7 +278,7 @@ impl<'r> Run<'r> {
         let known = self.parent.as_ref().map_or(&[][..], |parent| &parent.pages);
         let mut table = TableWriter::new(&self.map, known);
         let (cluster_bytes, file_count) = (entries.iter().map(|entry| entry.len).sum(), entries.len() as u64);
-        entries.into_iter().try_for_each(|entry| table.push(entry))?;
+        with_surroundings(entries).into_iter().try_for_each(|entry| table.push(entry))?;
         let (pages, needed) = table.finish()?;
         let (mut own, blocks_changed) = self.data.finish()?;
         own.extend(self.map.finish()?);
