@@ -380,10 +380,13 @@ pub fn stop_everywhere<M: Machine>(scene: &Scene<M>, works: &[Work], ways: &[M::
     let mut crashes = 0;
     let mut proved = Proved::new(&scene.scratch.path().join("restored"));
     for (work, how) in works.iter().flat_map(|work| ways.iter().map(move |how| (*work, *how))) {
-        for operation in 0..scene.count(work, how) {
+        // Two threads that sync the same directory at once do so twice or once: how many operations there are is not known before.
+        for operation in 0.. {
             let context = format!("{work:?} stopped at operation {operation}, {how:?}");
             let machine = scene.stop(work, operation, how);
-            assert!(machine.stopped(), "{context}: it was not reached");
+            if !machine.stopped() {
+                break;
+            }
             let mut choices = Choices(operation);
             let machine = machine.come_back(&mut choices);
             scene.check(machine, work, &mut choices, &mut proved, &context);
