@@ -86,12 +86,12 @@ fn rate(sample: &[u8], mut kernel: impl FnMut(&[u8])) -> f64 {
 fn compression(sample: &[u8], level: i32) -> Result<(f64, f64, f64)> {
     let failed = |e: engine::Error| Error::new(e.to_string());
     let mut encoder = Encoder::new(Compression::Zstd(level)).map_err(failed)?;
-    let encode = rate(sample, |window| drop(black_box(encoder.encode(window))));
+    let encode = rate(sample, |window| drop(black_box(encoder.encode(window, PAGE_LEN))));
     let shape = Shape { block_len: PAGE_LEN, block_count: MAX_RAW_LEN / PAGE_LEN };
     let mut chunks = Vec::new();
     for window in sample.chunks_exact(MAX_RAW_LEN) {
         let fingerprints: Vec<_> = window.chunks_exact(PAGE_LEN).map(Fingerprint::of).collect();
-        let (codec, stored) = encoder.encode(window).map_err(failed)?;
+        let (codec, stored) = encoder.encode(window, PAGE_LEN).map_err(failed)?;
         chunks.push((codec, stored.to_vec(), ChunkId::of(&fingerprints)));
     }
     let mut decoder = Decoder::new().map_err(failed)?;

@@ -24,7 +24,7 @@ const WAL_PAGE_LEN: u32 = 8192;
 /// A stored chunk.
 pub fn chunk(bytes: &[u8]) {
     let Ok(mut decoder) = Decoder::new() else { return };
-    for (codec, block_count) in [(Codec::Raw, 1), (Codec::Zstd, 1), (Codec::Zstd, 32)] {
+    for (codec, block_count) in [(Codec::Raw, 1), (Codec::Zstd, 1), (Codec::Zstd, 32), (Codec::ZstdDelta, 32)] {
         let shape = Shape { block_len: 8192, block_count };
         let _ = decoder.decode(codec, bytes, shape, ChunkId::default()).map(|(raw, _)| raw.len());
     }

@@ -573,7 +573,7 @@ impl<'r, 'a> Worker<'r, 'a> {
     /// Compresses and places the open chunk, and delivers the slices that waited for it.
     fn flush(&mut self) -> Result<()> {
         if !self.fingerprints.is_empty() {
-            let (codec, stored) = self.encoder.encode(&self.raw)?;
+            let (codec, stored) = self.encoder.encode(&self.raw, self.run.copier.block_len)?;
             let stored_len = u32::try_from(stored.len()).map_err(|_| Error::bug("a chunk of 4 GiB"))?;
             let place = self.run.copier.data.append(stored)?;
             let chunk = ChunkRef {

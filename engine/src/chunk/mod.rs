@@ -7,11 +7,14 @@
 //! What goes wrong: stored bytes that do not decompress, to another length, or to other blocks. The reader notices, before a
 //! byte of it is used.
 
+mod delta;
+
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use self::delta::Differences;
 use crate::error::{Error, Result};
 
 /// The most raw bytes of a chunk.
@@ -87,6 +90,8 @@ pub enum Codec {
     Raw,
     /// One zstd frame.
     Zstd,
+    /// One zstd frame of the pages as differences (`delta.rs`), and a byte for each page.
+    ZstdDelta,
 }
 
 impl From<Codec> for u8 {
@@ -94,6 +99,7 @@ impl From<Codec> for u8 {
         match codec {
             Codec::Raw => 0,
             Codec::Zstd => 1,
+            Codec::ZstdDelta => 2,
         }
     }
 }
@@ -105,6 +111,7 @@ impl TryFrom<u8> for Codec {
         match number {
             0 => Ok(Codec::Raw),
             1 => Ok(Codec::Zstd),
+            2 => Ok(Codec::ZstdDelta),
             _ => Err(format!("unknown codec {number}")),
         }
     }
@@ -154,6 +161,7 @@ impl FromStr for Compression {
 /// Compresses chunks; one for each thread.
 pub struct Encoder {
     zstd: Option<zstd::bulk::Compressor<'static>>,
+    differences: Differences,
     compressed: Vec<u8>,
 }
 
@@ -167,20 +175,24 @@ impl Encoder {
             Compression::None => None,
             Compression::Zstd(level) => Some(zstd::bulk::Compressor::new(level).map_err(no_codec)?),
         };
-        Ok(Self { zstd, compressed: Vec::new() })
+        Ok(Self { zstd, differences: Differences::default(), compressed: Vec::new() })
     }
 
-    /// The stored form of `raw`; raw where compression gains less than a thirty-second.
+    /// The stored form of whole blocks; raw where compression gains less than a thirty-second.
     ///
     /// # Errors
     /// `Bug` if the library refuses.
-    pub fn encode<'a>(&'a mut self, raw: &'a [u8]) -> Result<(Codec, &'a [u8])> {
+    pub fn encode<'a>(&'a mut self, raw: &'a [u8], block_len: usize) -> Result<(Codec, &'a [u8])> {
         if let Some(zstd) = &mut self.zstd {
-            self.compressed.resize(zstd::zstd_safe::compress_bound(raw.len()), 0);
-            let compressed = zstd.compress_to_buffer(raw, &mut self.compressed[..]);
+            let (codec, source) = match self.differences.of(raw, block_len) {
+                Some(differences) => (Codec::ZstdDelta, differences),
+                None => (Codec::Zstd, raw),
+            };
+            self.compressed.resize(zstd::zstd_safe::compress_bound(source.len()), 0);
+            let compressed = zstd.compress_to_buffer(source, &mut self.compressed[..]);
             let len = compressed.map_err(|e| Error::bug("zstd cannot compress").because(e))?;
             if len < raw.len() - raw.len() / 32 {
-                return Ok((Codec::Zstd, &self.compressed[..len]));
+                return Ok((codec, &self.compressed[..len]));
             }
         }
         Ok((Codec::Raw, raw))
@@ -216,9 +228,10 @@ impl Decoder {
         id: ChunkId,
     ) -> Result<(&[u8], &[Fingerprint])> {
         let raw_len = shape.raw_len();
-        self.raw.resize(raw_len, 0);
+        let coded_len = if codec == Codec::ZstdDelta { raw_len + shape.block_count } else { raw_len };
+        self.raw.resize(coded_len, 0);
         let decoded_len = match codec {
-            Codec::Zstd => {
+            Codec::Zstd | Codec::ZstdDelta => {
                 self.zstd.decompress_to_buffer(stored, &mut self.raw[..]).map_err(|e| damaged(e.to_string()))?
             }
             Codec::Raw if stored.len() == raw_len => {
@@ -227,8 +240,11 @@ impl Decoder {
             }
             Codec::Raw => stored.len(),
         };
-        if decoded_len != raw_len {
-            return Err(damaged(format!("{decoded_len} bytes instead of {raw_len}")));
+        if decoded_len != coded_len {
+            return Err(damaged(format!("{decoded_len} bytes instead of {coded_len}")));
+        }
+        if codec == Codec::ZstdDelta && !self.undo_differences(raw_len, shape.block_len) {
+            return Err(damaged("differences that lead outside of their page".to_owned()));
         }
         self.fingerprints.clear();
         self.fingerprints.extend(self.raw.chunks_exact(shape.block_len).map(Fingerprint::of));
@@ -242,9 +258,17 @@ impl Decoder {
 impl Decoder {
     /// How a stored chunk of which nothing else is known is stored, and the fingerprints of its blocks; `None` if it is no chunk of whole blocks.
     pub fn recognise(&mut self, stored: &[u8], block_len: usize) -> Option<(Codec, &[Fingerprint])> {
-        self.raw.resize(MAX_RAW_LEN.max(block_len), 0);
+        let most = MAX_RAW_LEN.max(block_len);
+        self.raw.resize(most + most / block_len, 0);
         let (codec, raw_len) = match self.zstd.decompress_to_buffer(stored, &mut self.raw[..]) {
-            Ok(len) => (Codec::Zstd, len),
+            Ok(len) if len % block_len == 0 => (Codec::Zstd, len),
+            Ok(len) => {
+                // A chunk has fewer blocks than a block has bytes.
+                self.raw.truncate(len);
+                let raw_len = len - len % block_len;
+                let is_delta = len == raw_len + raw_len / block_len && self.undo_differences(raw_len, block_len);
+                (Codec::ZstdDelta, if is_delta { raw_len } else { 0 })
+            }
             Err(_) => {
                 self.raw.get_mut(..stored.len())?.copy_from_slice(stored);
                 (Codec::Raw, stored.len())
@@ -256,6 +280,14 @@ impl Decoder {
         self.fingerprints.clear();
         self.fingerprints.extend(self.raw[..raw_len].chunks_exact(block_len).map(Fingerprint::of));
         Some((codec, &self.fingerprints))
+    }
+
+    /// Makes pages of the differences and the bytes after them, which go; false if that cannot be.
+    fn undo_differences(&mut self, raw_len: usize, block_len: usize) -> bool {
+        let (pages, modes) = self.raw.split_at_mut(raw_len);
+        let done = delta::undo(pages, modes, block_len);
+        self.raw.truncate(raw_len);
+        done
     }
 }
 
@@ -291,7 +323,7 @@ mod tests {
 
     fn stored(compression: Compression, raw: &[u8], block_len: usize) -> (Codec, Vec<u8>, Shape, ChunkId) {
         let mut encoder = Encoder::new(compression).unwrap();
-        let (codec, bytes) = encoder.encode(raw).unwrap();
+        let (codec, bytes) = encoder.encode(raw, block_len).unwrap();
         let bytes = bytes.to_vec();
         let fingerprints: Vec<_> = raw.chunks_exact(block_len).map(Fingerprint::of).collect();
         let shape = Shape { block_len, block_count: fingerprints.len() };
@@ -309,10 +341,11 @@ mod tests {
         }
 
         #[test]
-        fn no_stored_bytes_make_the_decoder_panic(bytes: Vec<u8>, count in 0usize..4, zstd: bool) {
-            let codec = if zstd { Codec::Zstd } else { Codec::Raw };
+        fn no_stored_bytes_make_the_decoder_panic(bytes: Vec<u8>, count in 0usize..4) {
             let shape = Shape { block_len: 8, block_count: count };
-            let _ = Decoder::new().unwrap().decode(codec, &bytes, shape, ChunkId::default());
+            for codec in [Codec::Raw, Codec::Zstd, Codec::ZstdDelta] {
+                let _ = Decoder::new().unwrap().decode(codec, &bytes, shape, ChunkId::default());
+            }
         }
     }
 
@@ -348,7 +381,7 @@ mod tests {
         let mut random = vec![0; 8192];
         getrandom::fill(&mut random).unwrap();
         let mut encoder = Encoder::new(Compression::Zstd(19)).unwrap();
-        assert_eq!(encoder.encode(&random).unwrap(), (Codec::Raw, &random[..]));
+        assert_eq!(encoder.encode(&random, 8192).unwrap(), (Codec::Raw, &random[..]));
     }
 
     #[test]

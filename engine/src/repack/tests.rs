@@ -61,7 +61,7 @@ impl World {
         let add = |(run, values): &(u8, Vec<u32>)| {
             let raw: Vec<u8> = values.iter().flat_map(|value| page(*value)).collect();
             let fingerprints: Vec<_> = raw.chunks_exact(BLOCK_LEN).map(Fingerprint::of).collect();
-            let (codec, stored) = encoder.encode(&raw).unwrap();
+            let (codec, stored) = encoder.encode(&raw, BLOCK_LEN).unwrap();
             let place = packers[usize::from(*run)].append(stored).unwrap();
             let chunk = ChunkRef {
                 pack: 0,

@@ -197,7 +197,7 @@ impl<'a> Worker<'a> {
     }
 
     fn compress(&mut self, new: Arc<NewChunk>, building: &Building, buffers: &mut Vec<Vec<u8>>) -> Result<Record> {
-        let (codec, stored) = self.encoder.encode(&building.raw)?;
+        let (codec, stored) = self.encoder.encode(&building.raw, self.shared.mover.block_len)?;
         let block_count = u16::try_from(building.fingerprints.len());
         let chunk = ChunkRef {
             pack: 0,
