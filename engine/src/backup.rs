@@ -19,6 +19,7 @@
 //! backup is made, and said so), the parent's metadata is damaged (the copy; the backup fails).
 
 mod copy;
+mod feed;
 mod judge;
 mod part;
 mod rate;

@@ -1,7 +1,7 @@
 //! The data path of a backup: read, check, fingerprint, compare, compress, store.
 //!
 //! ```text
-//! for each slice of each file, on any of the workers:
+//! for each slice of each file (feed.rs), on any of the workers:
 //!     read a window; check each page; fingerprint it; compare with the parent's fingerprint of that block
 //!     what differs goes into the worker's open chunk; a full chunk is compressed and gets its place in a pack
 //!     when the last slice of a part is placed, the part's layer is written
@@ -23,6 +23,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use crossbeam_channel::{Receiver, bounded};
+
+use super::feed::{AHEAD, FEEDERS, SLICE_BLOCKS, Slice, Slices, read_once};
 use super::judge::{Judge, Verdict};
 use super::part::{self, SliceMap};
 use super::rate::RateLimit;
@@ -34,8 +37,6 @@ use crate::progress::Progress;
 use crate::repo::{ChunkRef, DataPack, Extent, FileEntry, PART_BLOCKS, Packer, PartMap, Stack};
 use crate::source::DataDir;
 
-/// Blocks that a worker takes at once: 8 MiB of 8 KiB blocks. Larger ones leave workers without work at the end.
-const SLICE_BLOCKS: u32 = 1024;
 /// Bytes read at once.
 const WINDOW_LEN: usize = 256 << 10;
 
@@ -105,19 +106,8 @@ pub(super) struct Copier<'a> {
     pub totals: &'a Totals,
 }
 
-/// A piece of work: some blocks of a part of an item.
-#[derive(Clone, Copy)]
-struct Slice {
-    item: usize,
-    part: u32,
-    start: u32,
-    count: u32,
-    /// Whether it goes on to the end of the file.
-    to_end: bool,
-}
-
 /// A file in work.
-struct OpenItem {
+pub(super) struct OpenItem {
     reader: Mutex<Opened>,
     slices_to_read: AtomicUsize,
     parts: Vec<OpenPart>,
@@ -146,9 +136,13 @@ struct OpenPart {
     done: OnceLock<(PartMap, Option<u64>)>,
 }
 
-enum Reader {
+/// Where bytes are read from.
+pub(super) enum Reader {
+    /// A file.
     File(File),
+    /// A file of which so many bytes count; the rest is zero.
     Prefix(File, u64),
+    /// These.
     Bytes(Arc<[u8]>),
 }
 
@@ -186,17 +180,19 @@ fn fill_from(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     Ok(filled)
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// The lock of data that a panic elsewhere leaves as good as it was.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A run of the copier: what its workers share.
-struct Run<'a> {
-    copier: &'a Copier<'a>,
-    items: &'a [Item],
-    slices: Vec<Slice>,
-    next: AtomicUsize,
-    failed: AtomicBool,
+pub(super) struct Run<'a> {
+    /// What is to be done, and how.
+    pub copier: &'a Copier<'a>,
+    /// The files.
+    pub items: &'a [Item],
+    /// Whether one of the threads gave up.
+    pub failed: AtomicBool,
     open: Mutex<HashMap<usize, Arc<OpenItem>>>,
     entries: Mutex<Vec<FileEntry>>,
 }
@@ -207,88 +203,79 @@ impl Copier<'_> {
         let run = Run {
             copier: self,
             items,
-            slices: self.slices(items),
-            next: AtomicUsize::new(0),
             failed: AtomicBool::new(false),
             open: Mutex::default(),
             entries: Mutex::default(),
         };
-        let empty = items.iter().filter(|item| self.part_count(item) == 0);
+        let empty = items.iter().filter(|item| item.part_count(self.block_len as u64) == 0);
         lock(&run.entries).extend(empty.map(|item| item.entry.clone()));
-        let workers = self.jobs.min(run.slices.len());
+        let count = Slices::of(items, self.block_len).take(self.jobs.max(FEEDERS)).count();
+        let slices = Mutex::new(Slices::of(items, self.block_len));
+        let (feed, fed) = bounded(AHEAD);
         let outcomes: Vec<Result<()>> = std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..workers).map(|_| scope.spawn(|| run.work())).collect();
+            let (run, slices) = (&run, &slices);
+            let feeder = |_| {
+                let feed = feed.clone();
+                scope.spawn(move || run.feed(slices, &feed))
+            };
+            let worker = |_| {
+                let fed = fed.clone();
+                scope.spawn(move || run.work(&fed))
+            };
+            let feeders = (0..FEEDERS.min(count)).map(feeder);
+            let threads: Vec<_> = feeders.chain((0..self.jobs.min(count)).map(worker)).collect();
+            // Whoever waits for the others to send or to take learns that they are gone.
+            drop((feed, fed));
             let panicked = || Err(Error::bug("a worker panicked"));
-            workers.into_iter().map(|worker| worker.join().unwrap_or_else(|_| panicked())).collect()
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| panicked())).collect()
         });
         outcomes.into_iter().collect::<Result<()>>()?;
         Ok(run.entries.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
-
-    fn block_count(&self, len: u64) -> u64 {
-        len.div_ceil(self.block_len as u64)
-    }
-
-    fn part_blocks(&self, item: &Item, part: u32) -> u32 {
-        let before = u64::from(part) * u64::from(PART_BLOCKS);
-        let blocks = self.block_count(item.entry.len).saturating_sub(before).min(u64::from(PART_BLOCKS));
-        let least = u64::from(item.is_read_to_its_end());
-        u32::try_from(blocks.max(least)).unwrap_or(PART_BLOCKS)
-    }
-
-    fn part_count(&self, item: &Item) -> u32 {
-        let parts = self.block_count(item.entry.len).div_ceil(u64::from(PART_BLOCKS));
-        u32::try_from(parts.max(u64::from(item.is_read_to_its_end()))).unwrap_or(u32::MAX)
-    }
-
-    fn slices(&self, items: &[Item]) -> Vec<Slice> {
-        let mut slices = Vec::with_capacity(items.len());
-        for (index, item) in items.iter().enumerate() {
-            for part in 0..self.part_count(item) {
-                let blocks = self.part_blocks(item, part);
-                let starts = (0..blocks).step_by(SLICE_BLOCKS as usize);
-                slices.extend(starts.map(|start| {
-                    let count = SLICE_BLOCKS.min(blocks - start);
-                    let last = part + 1 == self.part_count(item) && start + count == blocks;
-                    Slice { item: index, part, start, count, to_end: last && item.is_read_to_its_end() }
-                }));
-            }
-        }
-        slices
-    }
 }
 
 impl Item {
+    fn block_count(&self, block_len: u64) -> u64 {
+        self.entry.len.div_ceil(block_len)
+    }
+
+    /// How many blocks a part has; a file that is read to wherever its end is has one block to begin with.
+    pub fn part_blocks(&self, block_len: u64, part: u32) -> u32 {
+        let before = u64::from(part) * u64::from(PART_BLOCKS);
+        let blocks = self.block_count(block_len).saturating_sub(before).min(u64::from(PART_BLOCKS));
+        let least = u64::from(self.is_read_to_its_end());
+        u32::try_from(blocks.max(least)).unwrap_or(PART_BLOCKS)
+    }
+
+    /// How many parts the file has.
+    pub fn part_count(&self, block_len: u64) -> u32 {
+        let parts = self.block_count(block_len).div_ceil(u64::from(PART_BLOCKS));
+        u32::try_from(parts.max(u64::from(self.is_read_to_its_end()))).unwrap_or(u32::MAX)
+    }
+
     /// Whether the file is read to wherever its end is then: WAL knows what is appended to a relation after the backup began, but not
     /// what is appended to a configuration file.
-    fn is_read_to_its_end(&self) -> bool {
+    pub fn is_read_to_its_end(&self) -> bool {
         self.relation.is_none() && matches!(self.content, Content::DataDirectory)
     }
 }
 
 impl Run<'_> {
-    fn work(&self) -> Result<()> {
-        let outcome = Worker::new(self).and_then(|mut worker| worker.run());
+    fn work(&self, fed: &Receiver<Slice>) -> Result<()> {
+        let outcome = Worker::new(self).and_then(|mut worker| worker.run(fed));
         if outcome.is_err() {
             self.failed.store(true, Ordering::Relaxed);
         }
         outcome
     }
 
-    fn next_slice(&self) -> Option<Slice> {
-        if self.failed.load(Ordering::Relaxed) {
-            return None;
-        }
-        self.slices.get(self.next.fetch_add(1, Ordering::Relaxed)).copied()
-    }
-
     /// The state of an item in work.
-    fn open_item(&self, index: usize) -> Arc<OpenItem> {
+    pub fn open_item(&self, index: usize) -> Arc<OpenItem> {
         let mut open = lock(&self.open);
         let item = open.entry(index).or_insert_with(|| {
-            let item = &self.items[index];
-            let parts = (0..self.copier.part_count(item)).map(|part| {
-                let slices = self.copier.part_blocks(item, part).div_ceil(SLICE_BLOCKS);
+            let (item, block_len) = (&self.items[index], self.copier.block_len as u64);
+            let parts = (0..item.part_count(block_len)).map(|part| {
+                let slices = item.part_blocks(block_len, part).div_ceil(SLICE_BLOCKS);
                 let (slices_left, reads_left) = (AtomicU32::new(slices), AtomicU32::new(slices));
                 OpenPart { slices_left, reads_left, ..OpenPart::default() }
             });
@@ -301,7 +288,7 @@ impl Run<'_> {
     }
 
     /// The item's reader; all its slices read through one open file, whatever happens to the name.
-    fn reader(&self, index: usize, open: &OpenItem) -> Result<Option<Arc<Reader>>> {
+    pub fn reader(&self, index: usize, open: &OpenItem) -> Result<Option<Arc<Reader>>> {
         let mut opened = lock(&open.reader);
         if let Opened::NotYet = *opened {
             *opened = self.open_reader(&self.items[index])?.map_or(Opened::Vanished, |r| Opened::Here(Arc::new(r)));
@@ -314,7 +301,9 @@ impl Run<'_> {
 
     fn open_reader(&self, item: &Item) -> Result<Option<Reader>> {
         Ok(match &item.content {
-            Content::DataDirectory => self.copier.data_dir.open_file(&item.entry.path)?.map(Reader::File),
+            Content::DataDirectory => {
+                self.copier.data_dir.open_file(&item.entry.path)?.inspect(read_once).map(Reader::File)
+            }
             Content::Bytes(bytes) => Some(Reader::Bytes(Arc::clone(bytes))),
             Content::Wal { name, valid_len } => {
                 let file = self.copier.data_dir.open_wal_file(name)?.ok_or_else(|| super::wal::lost(name))?;
@@ -437,8 +426,11 @@ impl<'r, 'a> Worker<'r, 'a> {
         })
     }
 
-    fn run(&mut self) -> Result<()> {
-        while let Some(slice) = self.run.next_slice() {
+    fn run(&mut self, fed: &Receiver<Slice>) -> Result<()> {
+        for slice in fed {
+            if self.run.failed.load(Ordering::Relaxed) {
+                return Ok(());
+            }
             (self.run.copier.health)()?;
             self.copy(slice)?;
         }
@@ -478,7 +470,6 @@ impl<'r, 'a> Worker<'r, 'a> {
         let mut window = std::mem::take(&mut self.window);
         while offset < end {
             let wanted = usize::try_from(end - offset).unwrap_or(usize::MAX).min(window.len());
-            copier.rate.take(wanted as u64);
             let len = reader.fill(&mut window[..wanted], offset).map_err(|e| self.cannot_read(slice, e))?;
             copier.totals.bytes_read.fetch_add(len as u64, Ordering::Relaxed);
             copier.progress.advance(len as u64);
