@@ -1,9 +1,41 @@
-//! The operating system: processors, rights over files, paths.
+//! The operating system: processors, rights over files, paths, what the kernel is told about reading.
 
-use std::num::NonZeroUsize;
+use std::fs::File;
+use std::io::IoSliceMut;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Advice, fadvise};
+use rustix::io::{ReadWriteFlags, preadv2};
+
 use crate::error::{Error, Result};
+
+/// Bytes that are cached, or are not, together.
+const PIECE_LEN: u64 = 1 << 20;
+/// Bytes that are asked for at once: the kernel cuts off longer wishes (`mm/readahead.c`, `force_page_cache_ra`).
+const WISH_LEN: u64 = 256 << 10;
+
+/// Tells the kernel that a file will be read once: that is no reason to keep its pages, and let go of others.
+pub(crate) fn reads_once(file: &File) {
+    // A hint.
+    let _ = fadvise(file, 0, None, Advice::NoReuse);
+}
+
+/// Tells the kernel that bytes will be read soon, unless they are cached already: a look at one page of each piece is cheaper.
+pub(crate) fn will_read(file: &File, offset: u64, len: u64) {
+    let end = offset + len;
+    for piece in (offset..end).step_by(PIECE_LEN as usize) {
+        let mut byte = [0];
+        if preadv2(file, &mut [IoSliceMut::new(&mut byte)], piece, ReadWriteFlags::NOWAIT).is_ok() {
+            continue;
+        }
+        let piece_end = end.min(piece + PIECE_LEN);
+        for wish in (piece..piece_end).step_by(WISH_LEN as usize) {
+            // A hint.
+            let _ = fadvise(file, wish, NonZeroU64::new(WISH_LEN.min(piece_end - wish)), Advice::WillNeed);
+        }
+    }
+}
 
 /// How many workers are wanted: one for each processor unless somebody said otherwise.
 pub(crate) fn worker_count(jobs: Option<NonZeroUsize>) -> usize {

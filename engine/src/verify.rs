@@ -3,7 +3,7 @@
 //! ```text
 //! for each backup: read the manifest and the file table; note which packs, layers and chunks it needs
 //! quick:  each pack is there, with the right length
-//! else:   read each pack once, on all workers: frame, every record's checksum; every chunk is decompressed and proved by its id,
+//! else:   read each pack once, some packs at a time, all workers together: frame, every record's checksum; every chunk is decompressed and proved by its id,
 //!         and the fingerprints in the block maps are those of the blocks
 //! then:   name each damaged object, and the backups and files that need it
 //! ```
@@ -14,7 +14,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -25,13 +25,17 @@ use crate::chunk::{Decoder, Fingerprint, Shape};
 use crate::error::{Error, ErrorKind, Result};
 use crate::progress::{Phase, Progress};
 use crate::repo::{
-    BackupSummary, ChunkRef, ClusterName, DataPack, Depth, FileEntry, Layer, LayerPlace, Lease, LeaseRequest, Manifest,
-    Operation, PackInfo, PackKind, PackName, Place, Repository, check_pack, pack_fault, read_page,
+    BackupSummary, ChunkRef, ClusterName, DataPack, Depth, FileEntry, Group, Layer, LayerPlace, Lease, LeaseRequest,
+    Manifest, Operation, PackInfo, PackKind, PackName, PackTable, Place, Repository, pack_fault, read_page,
 };
 use crate::store::ObjectName;
 
 /// Files named for each damaged object at most.
 const MAX_FILES: usize = 100;
+/// Packs whose chunks are known at once.
+const WINDOW: usize = 8;
+/// How far ahead groups of records are asked for.
+const GROUPS_AHEAD: usize = 4;
 
 /// How to verify.
 #[derive(Clone, Copy, Debug, Default)]
@@ -159,6 +163,20 @@ struct Needed {
     chunk: ChunkRef,
     fingerprints: Vec<Option<Fingerprint>>,
     stacks: Vec<usize>,
+}
+
+/// The chunks that block maps need, by pack and offset.
+type Chunks = HashMap<(PackName, u64), Needed>;
+
+/// A pack whose frame is sound.
+struct ReadPack {
+    name: PackName,
+    object: ObjectName,
+    table: PackTable,
+    /// How many of its records are chunks that are needed.
+    proved: AtomicUsize,
+    /// Whether some of it could not be read.
+    broke_off: AtomicBool,
 }
 
 #[derive(Default)]
@@ -378,38 +396,101 @@ impl<'r> Verifier<'r> {
         let (data, map): (Vec<_>, Vec<_>) =
             present.map(|(name, (len, _))| (*name, *len)).partition(|(name, _)| name.kind == PackKind::Data);
         progress.begin(Phase::Verifying, data.iter().chain(&map).map(|(_, len)| len).sum());
-        map.par_iter().map(|(name, len)| self.check_map_pack(*name, *len, progress)).collect::<Result<()>>()?;
-        for window in data.chunks(jobs.max(8)) {
-            let needed = self.needed(window)?;
-            window
-                .par_iter()
-                .map(|(name, len)| self.check_data_pack(*name, *len, &needed, progress))
-                .collect::<Result<()>>()?;
+        for window in map.chunks(jobs.max(WINDOW)) {
+            self.check_packs(window, &Chunks::new(), progress)?;
+        }
+        for window in data.chunks(WINDOW) {
+            self.check_packs(window, &self.needed(window)?, progress)?;
         }
         Ok(())
     }
 
-    fn check_map_pack(&self, name: PackName, len: u64, progress: &dyn Progress) -> Result<()> {
+    /// Reads some packs, all workers together, and proves the chunks that are needed.
+    fn check_packs(&self, packs: &[(PackName, u64)], needed: &Chunks, progress: &dyn Progress) -> Result<()> {
+        let read = packs.par_iter().map(|(name, len)| self.open_pack(*name, *len, progress));
+        let read: Vec<ReadPack> = read.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+        let groups: Vec<(&ReadPack, Group)> =
+            read.iter().flat_map(|pack| pack.table.groups().into_iter().map(move |group| (pack, group))).collect();
+        groups.par_iter().enumerate().try_for_each_init(Decoder::new, |decoder, (index, (pack, group))| {
+            let decoder = decoder.as_mut().map_err(|e| Error::new(e.kind(), e.what()))?;
+            if let Some((next, ahead)) = groups.get(index + GROUPS_AHEAD) {
+                self.repo.store().will_get(&next.object, ahead.offset, ahead.len);
+            }
+            self.check_group(pack, group, needed, decoder, progress)
+        })?;
+        for pack in read.iter().filter(|pack| !pack.broke_off.load(Ordering::Relaxed)) {
+            let expected = needed.keys().filter(|(name, _)| *name == pack.name).count();
+            if pack.proved.load(Ordering::Relaxed) < expected {
+                let problem = "a block map names a chunk that the pack does not have".to_owned();
+                self.found(pack.object.as_str(), problem, &self.packs[&pack.name].1, &[]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the frame of a pack; `None` if that is damaged, which is noted.
+    fn open_pack(&self, name: PackName, len: u64, progress: &dyn Progress) -> Result<Option<ReadPack>> {
         let object = name.object(&self.cluster)?;
-        let users = &self.packs[&name].1;
-        let checked = check_pack(&**self.repo.store(), &object, name.kind, len, |record| {
+        self.bytes_read.fetch_add(len, Ordering::Relaxed);
+        match PackTable::read(&**self.repo.store(), &object, name.kind, len) {
+            Ok(table) => Ok(Some(ReadPack {
+                name,
+                object,
+                table,
+                proved: AtomicUsize::new(0),
+                broke_off: AtomicBool::new(false),
+            })),
+            Err(error) => {
+                progress.advance(len);
+                self.note(object.as_str(), error, &self.packs[&name].1, &[]).map(|()| None)
+            }
+        }
+    }
+
+    /// Reads and proves some records of a pack.
+    fn check_group(
+        &self,
+        pack: &ReadPack,
+        group: &Group,
+        needed: &Chunks,
+        decoder: &mut Decoder,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let (object, users) = (&pack.object, &self.packs[&pack.name].1);
+        let checked = pack.table.check(&**self.repo.store(), object, group, |record| {
             progress.advance(record.bytes.len() as u64);
-            if !record.sound {
-                let problem = format!("the metadata record at {} does not match its checksum", record.offset);
-                self.found(object.as_str(), problem, users, &[]);
+            let chunk = needed.get(&(pack.name, record.offset));
+            pack.proved.fetch_add(usize::from(chunk.is_some()), Ordering::Relaxed);
+            match chunk {
+                Some(chunk) if record.sound => {
+                    if let Some(problem) = self.prove(chunk, record.bytes, decoder) {
+                        self.hurt_by_chunk(object.as_str(), record.offset, &problem, chunk);
+                    }
+                }
+                Some(chunk) => {
+                    self.hurt_by_chunk(object.as_str(), record.offset, "does not match its checksum", chunk);
+                }
+                None if record.sound => {}
+                None => {
+                    let what = if pack.name.kind == PackKind::Map { "metadata record" } else { "chunk" };
+                    let problem = format!("the {what} at {} does not match its checksum", record.offset);
+                    self.found(object.as_str(), problem, users, &[]);
+                }
             }
             Ok(())
         });
-        self.bytes_read.fetch_add(len, Ordering::Relaxed);
-        checked.or_else(|error| self.note(object.as_str(), error, users, &[]))
+        checked.or_else(|error| {
+            pack.broke_off.store(true, Ordering::Relaxed);
+            self.note(object.as_str(), error, users, &[])
+        })
     }
 
     /// The chunks of some packs that block maps need.
-    fn needed(&self, window: &[(PackName, u64)]) -> Result<HashMap<(PackName, u64), Needed>> {
+    fn needed(&self, window: &[(PackName, u64)]) -> Result<Chunks> {
         let wanted = |pack: &PackName| window.binary_search_by(|(name, _)| name.cmp(pack)).is_ok();
         let flattened = self.stacks.par_iter().enumerate().filter(|(_, stack)| stack.data.iter().any(wanted));
         let flattened = flattened.map(|(index, stack)| Ok((index, self.flatten(stack)?)));
-        let mut needed: HashMap<(PackName, u64), Needed> = HashMap::new();
+        let mut needed = Chunks::new();
         for (index, layer) in flattened.collect::<Result<Vec<_>>>()? {
             let Some(layer) = layer else { continue };
             let mut fingerprints = layer.fingerprints.as_slice();
@@ -464,47 +545,6 @@ impl<'r> Verifier<'r> {
         let (backups, files) = self.hurt(stack);
         self.note(&object, damaged, &backups, &files)?;
         Ok(None)
-    }
-
-    fn check_data_pack(
-        &self,
-        name: PackName,
-        len: u64,
-        needed: &HashMap<(PackName, u64), Needed>,
-        progress: &dyn Progress,
-    ) -> Result<()> {
-        let object = name.object(&self.cluster)?;
-        let users = &self.packs[&name].1;
-        let mut decoder = Decoder::new()?;
-        let mut seen = 0;
-        let checked = check_pack(&**self.repo.store(), &object, name.kind, len, |record| {
-            progress.advance(record.bytes.len() as u64);
-            let Some(needed) = needed.get(&(name, record.offset)) else {
-                if !record.sound {
-                    let problem = format!("the chunk at {} does not match its checksum", record.offset);
-                    self.found(object.as_str(), problem, users, &[]);
-                }
-                return Ok(());
-            };
-            seen += 1;
-            let problem = if record.sound {
-                self.prove(needed, record.bytes, &mut decoder)
-            } else {
-                Some("does not match its checksum".to_owned())
-            };
-            if let Some(problem) = problem {
-                self.hurt_by_chunk(object.as_str(), record.offset, &problem, needed);
-            }
-            Ok(())
-        });
-        self.bytes_read.fetch_add(len, Ordering::Relaxed);
-        if let Err(error) = checked {
-            return self.note(object.as_str(), error, users, &[]);
-        }
-        if seen < needed.keys().filter(|(pack, _)| *pack == name).count() {
-            self.found(object.as_str(), "a block map names a chunk that the pack does not have".to_owned(), users, &[]);
-        }
-        Ok(())
     }
 
     /// What is wrong with a needed chunk.

@@ -25,13 +25,14 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crossbeam_channel::{Receiver, bounded};
 
-use super::feed::{AHEAD, FEEDERS, SLICE_BLOCKS, Slice, Slices, read_once};
+use super::feed::{AHEAD, FEEDERS, SLICE_BLOCKS, Slice, Slices};
 use super::judge::{Judge, Verdict};
 use super::part::{self, SliceMap};
 use super::rate::RateLimit;
 use super::salvage::{Found, Salvage};
 use crate::chunk::{ChunkId, Compression, Encoder, Fingerprint, MAX_RAW_LEN};
 use crate::error::{Error, Result};
+use crate::os::reads_once;
 use crate::pg::{BlockNumber, RelationFile, is_zero};
 use crate::progress::Progress;
 use crate::repo::{ChunkRef, DataPack, Extent, FileEntry, PART_BLOCKS, Packer, PartMap, Stack};
@@ -302,7 +303,7 @@ impl Run<'_> {
     fn open_reader(&self, item: &Item) -> Result<Option<Reader>> {
         Ok(match &item.content {
             Content::DataDirectory => {
-                self.copier.data_dir.open_file(&item.entry.path)?.inspect(read_once).map(Reader::File)
+                self.copier.data_dir.open_file(&item.entry.path)?.inspect(reads_once).map(Reader::File)
             }
             Content::Bytes(bytes) => Some(Reader::Bytes(Arc::clone(bytes))),
             Content::Wal { name, valid_len } => {

@@ -10,17 +10,14 @@
 //!
 //! What goes wrong: nothing that is not an error of opening. Advice that the file system does not take is no advice.
 
-use std::fs::File;
-use std::io::IoSliceMut;
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use crossbeam_channel::Sender;
-use rustix::fs::{Advice, fadvise};
-use rustix::io::{ReadWriteFlags, preadv2};
 
 use super::copy::{Item, Reader, Run, lock};
 use crate::error::Result;
+use crate::os::will_read;
 use crate::repo::PART_BLOCKS;
 
 /// Blocks that a worker takes at once: 8 MiB of 8 KiB blocks. Larger ones leave workers without work at the end.
@@ -29,10 +26,8 @@ pub(super) const SLICE_BLOCKS: u32 = 1024;
 pub(super) const AHEAD: usize = 8;
 /// Threads that open and ask.
 pub(super) const FEEDERS: usize = 4;
-/// Bytes that are cached, or are not, together.
+/// Bytes that the bound on the rate lets pass at once.
 const PIECE_LEN: u64 = 1 << 20;
-/// Bytes that are asked for at once: the kernel cuts off longer wishes (`mm/readahead.c`, `force_page_cache_ra`).
-const WISH_LEN: u64 = 256 << 10;
 
 /// A piece of work: some blocks of a part of an item.
 #[derive(Clone, Copy)]
@@ -112,28 +107,10 @@ impl Run<'_> {
             let len = PIECE_LEN.min(end - offset);
             self.copier.rate.take(len);
             if let Some(Reader::File(file) | Reader::Prefix(file, _)) = reader.as_deref() {
-                ask(file, offset, len);
+                will_read(file, offset, len);
             }
             offset += len;
         }
         Ok(())
-    }
-}
-
-/// Says that a file will be read once.
-pub(super) fn read_once(file: &File) {
-    // A hint.
-    let _ = fadvise(file, 0, None, Advice::NoReuse);
-}
-
-/// Says that bytes will be read, unless they are cached.
-fn ask(file: &File, offset: u64, len: u64) {
-    let mut byte = [0];
-    if preadv2(file, &mut [IoSliceMut::new(&mut byte)], offset, ReadWriteFlags::NOWAIT).is_ok() {
-        return;
-    }
-    for at in (offset..offset + len).step_by(WISH_LEN as usize) {
-        // A hint.
-        let _ = fadvise(file, at, std::num::NonZeroU64::new(WISH_LEN.min(offset + len - at)), Advice::WillNeed);
     }
 }

@@ -6,7 +6,7 @@
 //!     in the order of packs and offsets, on any worker: read neighbouring chunks at once; decompress; prove; write
 //! ```
 //!
-//! The plan of a window is bounded by [`MAX_PIECES`], so memory does not grow with the cluster; a cluster of up to a few hundred
+//! The plan of a window is bounded by [`MAX_PIECES`], so memory does not grow with the cluster; a cluster of up to a hundred
 //! gigabytes takes one window. Blocks that are zero are never written: files are made with their length, and stay sparse there.
 //!
 //! A [`Sink`] says where a file is: it may be one of its own, or a place in an archive.
@@ -19,7 +19,7 @@ use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rayon::prelude::*;
@@ -33,16 +33,19 @@ use crate::repo::{
     ChunkRef, DataPack, Depth, FileEntry, Layer, Manifest, PART_BLOCKS, PackKind, PackName, PartMap, Repository,
     TAKE_ANOTHER,
 };
+use crate::store::ObjectName;
 use crate::target::Owner;
 
-/// Pieces of a window at most.
-const MAX_PIECES: usize = 1 << 20;
+/// Pieces of a window at most; one takes up to 250 bytes while it is planned. A pack has far fewer blocks.
+const MAX_PIECES: usize = 1 << 19;
 /// Bytes read from a pack at once, at most; one chunk may be longer.
 const READ_LEN: u64 = 1 << 20;
 /// Bytes between two chunks that are read rather than skipped.
 const GAP_LEN: u64 = 64 << 10;
 /// Bytes after which a worker has the file at hand brought to the disk.
 const FLUSH_LEN: usize = 32 << 20;
+/// How far ahead batches are asked for.
+const BATCHES_AHEAD: usize = 4;
 /// Files open for writing.
 const OPEN_FILES: usize = 128;
 
@@ -76,14 +79,14 @@ pub(crate) struct TargetFile {
     pub entry: FileEntry,
     /// Owner and mode in the target.
     pub owner: Owner,
-    made: AtomicBool,
+    made: Mutex<bool>,
     crc: AtomicU32,
 }
 
 impl TargetFile {
     /// A file that is not made yet.
     pub fn new(entry: FileEntry, owner: Owner) -> Self {
-        Self { entry, owner, made: AtomicBool::new(false), crc: AtomicU32::new(0) }
+        Self { entry, owner, made: Mutex::new(false), crc: AtomicU32::new(0) }
     }
 
     /// The CRC-32C of the file, once all of its pieces are written.
@@ -154,13 +157,10 @@ impl<'a> Writer<'a> {
                 }
             }
         }
-        let left = self.files.par_iter().enumerate().filter(|(_, file)| !file.made.load(Ordering::Relaxed));
-        left.map(|(index, file)| self.make(index, file).map(drop)).collect()
-    }
-
-    fn make(&self, index: usize, file: &TargetFile) -> Result<Opened> {
-        file.made.store(true, Ordering::Relaxed);
-        self.sink.make(index, file)
+        self.files.par_iter().enumerate().try_for_each(|(index, file)| {
+            let made = *file.made.lock().unwrap_or_else(PoisonError::into_inner);
+            if made { Ok(()) } else { self.sink.make(index, file).map(drop) }
+        })
     }
 
     /// Each part that needs a pack of the window, with its flattened map.
@@ -286,9 +286,12 @@ impl<'a> Writer<'a> {
             };
             for share in shares.iter().cycle().skip(own).take(workers) {
                 while !failed.load(Ordering::Relaxed)
-                    && let Some(batch) = share.next()
+                    && let Some(number) = share.next()
                 {
-                    let batch = &jobs[batches[batch].clone()];
+                    if let Some(ahead) = batches.get(number + BATCHES_AHEAD) {
+                        worker.ask_for(&jobs[ahead.clone()])?;
+                    }
+                    let batch = &jobs[batches[number].clone()];
                     worker.write(batch).inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
                 }
             }
@@ -341,7 +344,7 @@ fn data_pack(name: &PackName) -> DataPack {
     DataPack { run: name.run, seq: name.seq }
 }
 
-fn data_object(manifest: &Manifest, pack: DataPack) -> Result<crate::store::ObjectName> {
+fn data_object(manifest: &Manifest, pack: DataPack) -> Result<ObjectName> {
     PackName { run: pack.run, seq: pack.seq, kind: PackKind::Data }.object(&manifest.cluster)
 }
 
@@ -391,21 +394,33 @@ struct OpenFiles {
 }
 
 impl OpenFiles {
-    /// The file, opened or made if it is not among the open ones.
+    /// The file, opened or made if it is not among the open ones. Two files are made at once, one is not made twice.
     fn get(&self, writer: &Writer<'_>, index: u32) -> Result<Opened> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, file)) = open.iter().rev().find(|(known, _)| *known == index) {
-            return Ok(file.clone());
+        if let Some(file) = self.find(index) {
+            return Ok(file);
         }
         let at = index as usize;
         let target = &writer.files[at];
-        let made = target.made.load(Ordering::Relaxed);
-        let file = if made { writer.sink.open(at, target)? } else { writer.make(at, target)? };
+        let mut made = target.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = self.find(index) {
+            return Ok(file);
+        }
+        let file = if *made { writer.sink.open(at, target)? } else { writer.sink.make(at, target)? };
+        *made = true;
+        let mut open = self.list();
         if open.len() == OPEN_FILES {
             open.pop_front();
         }
         open.push_back((index, file.clone()));
         Ok(file)
+    }
+
+    fn find(&self, index: u32) -> Option<Opened> {
+        self.list().iter().rev().find(|(known, _)| *known == index).map(|(_, file)| file.clone())
+    }
+
+    fn list(&self) -> MutexGuard<'_, VecDeque<(u32, Opened)>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -419,18 +434,23 @@ struct Worker<'w, 'a> {
 }
 
 impl Worker<'_, '_> {
-    /// Reads a batch and writes its pieces.
-    fn write(&mut self, batch: &[Job]) -> Result<()> {
-        let [first, .., last] = batch else {
-            return batch.first().map_or(Ok(()), |only| self.write_range(batch, only, only));
-        };
-        self.write_range(batch, first, last)
+    /// Says that a batch will be read.
+    fn ask_for(&self, batch: &[Job]) -> Result<()> {
+        let Some((object, begin, len)) = self.place(batch)? else { return Ok(()) };
+        self.writer.repo.store().will_get(&object, begin, len);
+        Ok(())
     }
 
-    fn write_range(&mut self, batch: &[Job], first: &Job, last: &Job) -> Result<()> {
-        let begin = first.chunk.offset;
-        let len = last.chunk.offset + u64::from(last.chunk.stored_len) - begin;
-        let object = data_object(self.writer.manifest, first.pack)?;
+    /// Where a batch is: the pack, the offset, the length.
+    fn place(&self, batch: &[Job]) -> Result<Option<(ObjectName, u64, u64)>> {
+        let (Some(first), Some(last)) = (batch.first(), batch.last()) else { return Ok(None) };
+        let (begin, end) = (first.chunk.offset, last.chunk.end());
+        Ok(Some((data_object(self.writer.manifest, first.pack)?, begin, end - begin)))
+    }
+
+    /// Reads a batch and writes its pieces.
+    fn write(&mut self, batch: &[Job]) -> Result<()> {
+        let Some((object, begin, len)) = self.place(batch)? else { return Ok(()) };
         self.stored.resize(usize::try_from(len).map_err(|_| Error::bug("a batch of 4 GiB"))?, 0);
         self.writer.repo.store().get_range(&object, begin, &mut self.stored)?;
         self.writer.bytes_read.fetch_add(len, Ordering::Relaxed);

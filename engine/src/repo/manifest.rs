@@ -10,7 +10,7 @@ use super::catalog::Editions;
 use super::names::{self, BackupId, ClusterName, PackKind, PackName};
 use super::pack::{MAX_PACK_LEN, PackInfo, Place};
 use super::table::PagePlace;
-use super::{FORMAT_VERSION, METADATA_LEVEL, Repository};
+use super::{FORMAT_VERSION, Repository, compress};
 use crate::chunk::hex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{Lsn, TimelineId, WalSegmentSize};
@@ -387,9 +387,7 @@ impl Manifest {
 
 /// The manifest `object` of this JSON, as it is stored.
 pub(super) fn sealed(json: &[u8], object: &ObjectName) -> Result<Vec<u8>> {
-    let frame = zstd::bulk::compress(json, METADATA_LEVEL);
-    let frame = frame.map_err(|e| Error::bug("cannot compress a manifest").because(e))?;
-    let mut bytes = [FIRST_LINE, &frame].concat();
+    let mut bytes = [FIRST_LINE, &compress(json)?].concat();
     let check = check(object, &bytes);
     bytes.extend_from_slice(check.as_bytes());
     Ok(bytes)

@@ -10,15 +10,18 @@ mod pack;
 mod stack;
 mod table;
 
+use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
 
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use zstd::bulk::Compressor;
+use zstd::zstd_safe::{DCtx, DParameter, ResetDirective};
 
 pub use catalog::{BackupSummary, Catalog};
 pub(crate) use layer::union;
@@ -30,7 +33,7 @@ pub(crate) use manifest::MAX_CORRUPT_PAGES;
 pub use manifest::{BackupType, ByteString, CorruptPage, Manifest, Setting, TablespaceLocation, WalSpan};
 pub use names::{BackupId, ClusterName, PackKind, PackName};
 pub use pack::{Finished, PackInfo, Packer, Place};
-pub(crate) use pack::{PackTable, check_pack, read_record, with_lengths};
+pub(crate) use pack::{Group, PackTable, check_pack, read_record, with_lengths};
 pub use stack::{Stack, write_layer};
 pub(crate) use table::TableCursor;
 pub use table::{FileEntry, FileKind, LayerPlace, PagePlace, PartMap, TablePage, TableWriter, read_page};
@@ -584,7 +587,22 @@ fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
         let what = format!("a record of metadata of {} bytes, which no reader would take", plain.len());
         return Err(Error::new(ErrorKind::Unsupported, what));
     }
-    zstd::bulk::compress(&plain, METADATA_LEVEL).map_err(|e| Error::bug("cannot compress metadata").because(e))
+    compress(&plain)
+}
+
+thread_local! {
+    /// Making one takes longer than most records of metadata do.
+    static COMPRESSOR: RefCell<Option<Compressor<'static>>> = const { RefCell::new(None) };
+    static DECOMPRESSOR: RefCell<Option<DCtx<'static>>> = const { RefCell::new(None) };
+}
+
+/// Compresses metadata.
+fn compress(plain: &[u8]) -> Result<Vec<u8>> {
+    let compressed = COMPRESSOR.with_borrow_mut(|compressor| {
+        let made = compressor.take().map_or_else(|| Compressor::new(METADATA_LEVEL), Ok)?;
+        compressor.insert(made).compress(plain)
+    });
+    compressed.map_err(|e| Error::bug("cannot compress metadata").because(e))
 }
 
 /// Decodes what [`encode`] made.
@@ -599,11 +617,17 @@ fn decode<T: DeserializeOwned>(body: &[u8], place: &str) -> Result<T> {
 
 /// Decompresses metadata of at most `max_len` bytes.
 fn decompress(body: &[u8], max_len: u64, place: &str) -> Result<Vec<u8>> {
-    let damaged = |e| Error::corrupt(place, "the metadata does not decompress").because(e);
-    let mut plain = Vec::new();
-    let mut decoder = zstd::stream::read::Decoder::with_buffer(body).map_err(damaged)?;
-    decoder.window_log_max(MAX_WINDOW_LOG).map_err(damaged)?;
-    decoder.take(max_len + 1).read_to_end(&mut plain).map_err(damaged)?;
+    let plain = DECOMPRESSOR.with_borrow_mut(|context| {
+        let context = context.get_or_insert_with(DCtx::create);
+        let refused = |code| io::Error::other(zstd::zstd_safe::get_error_name(code));
+        // Whatever the record before left.
+        context.reset(ResetDirective::SessionOnly).map_err(refused)?;
+        context.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG)).map_err(refused)?;
+        let mut plain = Vec::new();
+        zstd::stream::read::Decoder::with_context(body, context).take(max_len + 1).read_to_end(&mut plain)?;
+        Ok(plain)
+    });
+    let plain = plain.map_err(|e: io::Error| Error::corrupt(place, "the metadata does not decompress").because(e))?;
     if plain.len() as u64 > max_len {
         return Err(Error::corrupt(place, format!("the metadata has more than {max_len} bytes")));
     }

@@ -16,6 +16,7 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io::{self, BufRead, Read};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -35,6 +36,8 @@ const VERSION: u16 = 1;
 
 /// Bytes after which a pack is full.
 const PACK_LEN: u64 = 128 << 20;
+/// Chunks after which a pack is full: a gigabyte of blocks, however well they compress. Who reads packs has memory for all blocks of a few.
+const PACK_CHUNKS: u64 = 4096;
 /// Packs that are being written or made durable at once, for each kind.
 const PACKS_IN_FLIGHT: usize = 3;
 /// Bytes that are handed to a pack's thread at once: small chunks are not worth a wake-up each.
@@ -230,7 +233,9 @@ impl Packer {
     /// Sees to it that a pack with room is open.
     fn make_room(&self, state: &mut State) -> Result<()> {
         // The records that go together once there is room are few.
-        let is_full = |pack: &OpenPack| pack.offset >= self.pack_len || pack.table.len() as u64 >= MAX_TABLE_LEN / 2;
+        let max_count =
+            if self.kind == PackKind::Data { PACK_CHUNKS } else { MAX_TABLE_LEN / 2 / TABLE_ENTRY_LEN as u64 };
+        let is_full = |pack: &OpenPack| pack.offset >= self.pack_len || u64::from(pack.count) >= max_count;
         if state.open.as_ref().is_some_and(is_full) {
             state.close_pack()?;
         }
@@ -522,17 +527,24 @@ pub(crate) fn check_pack(
     len: u64,
     mut each: impl FnMut(CheckedRecord<'_>) -> Result<()>,
 ) -> Result<()> {
-    let table = read_table(store, object, kind, len)?;
-    let mut offset = HEADER_LEN;
-    let mut bytes = Vec::new();
-    for entry in table.chunks_exact(TABLE_ENTRY_LEN) {
-        let record_len = record_len(entry);
-        bytes.resize(record_len as usize, 0);
-        store.get_range(object, offset, &mut bytes)?;
-        each(CheckedRecord { offset, bytes: &bytes, sound: hash16(&bytes) == entry[4..] })?;
-        offset += u64::from(record_len);
-    }
-    Ok(())
+    let table = PackTable::read(store, object, kind, len)?;
+    table.groups().iter().try_for_each(|group| table.check(store, object, group, &mut each))
+}
+
+/// Bytes of records that are read at once; one may be longer.
+const GROUP_LEN: u64 = 1 << 20;
+/// Records that are read at once.
+const GROUP_RECORDS: usize = 64;
+
+/// Neighbouring records of a pack.
+#[derive(Clone, Debug)]
+pub(crate) struct Group {
+    /// Which ones.
+    records: Range<usize>,
+    /// Offset of the first.
+    pub offset: u64,
+    /// Bytes of all.
+    pub len: u64,
 }
 
 /// What a pack's own table says of its records.
@@ -564,6 +576,46 @@ impl PackTable {
         let index = self.offsets.partition_point(|begin| *begin <= offset).checked_sub(1)?;
         let entry = self.entries.chunks_exact(TABLE_ENTRY_LEN).nth(index)?;
         (self.offsets[index] == offset).then(|| (record_len(entry), &entry[4..]))
+    }
+
+    /// Records that are read at once, each of them in one group.
+    pub fn groups(&self) -> Vec<Group> {
+        let mut groups: Vec<Group> = Vec::new();
+        for (index, (offset, entry)) in self.offsets.iter().zip(self.entries.chunks_exact(TABLE_ENTRY_LEN)).enumerate()
+        {
+            let len = u64::from(record_len(entry));
+            match groups.last_mut() {
+                Some(group) if group.len + len <= GROUP_LEN && group.records.len() < GROUP_RECORDS => {
+                    group.records.end = index + 1;
+                    group.len += len;
+                }
+                _ => groups.push(Group { records: index..index + 1, offset: *offset, len }),
+            }
+        }
+        groups
+    }
+
+    /// Reads a group of records, and gives each of them to `each`, the damaged ones too.
+    ///
+    /// # Errors
+    /// Those of the store and of `each`.
+    pub fn check(
+        &self,
+        store: &dyn Store,
+        object: &ObjectName,
+        group: &Group,
+        mut each: impl FnMut(CheckedRecord<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let mut bytes = vec![0; usize::try_from(group.len).map_err(|_| Error::bug("a group of 4 GiB"))?];
+        store.get_range(object, group.offset, &mut bytes)?;
+        let entries = self.entries.chunks_exact(TABLE_ENTRY_LEN).skip(group.records.start).take(group.records.len());
+        let mut rest = bytes.as_slice();
+        for (entry, offset) in entries.zip(&self.offsets[group.records.clone()]) {
+            let (record, after) = rest.split_at(record_len(entry) as usize);
+            each(CheckedRecord { offset: *offset, bytes: record, sound: hash16(record) == entry[4..] })?;
+            rest = after;
+        }
+        Ok(())
     }
 
     /// Number of records.

@@ -90,6 +90,9 @@ pub(super) trait DiskFile: Send + Sync + fmt::Debug {
     /// Fills `buffer` from `offset`.
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
 
+    /// Says that these bytes will be read soon.
+    fn will_read(&self, _offset: u64, _len: u64) {}
+
     /// Adds bytes to its end.
     fn append(&self, bytes: &[u8]) -> io::Result<()>;
 
@@ -199,6 +202,10 @@ impl DiskFile for File {
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         FileExt::read_exact_at(self, buffer, offset)
+    }
+
+    fn will_read(&self, offset: u64, len: u64) {
+        crate::os::will_read(self, offset, len);
     }
 
     fn append(&self, bytes: &[u8]) -> io::Result<()> {

@@ -254,6 +254,13 @@ impl Store for LocalStore {
         self.fill(name, &*self.reader(name)?, offset, buffer)
     }
 
+    fn will_get(&self, name: &ObjectName, offset: u64, len: u64) {
+        // Whoever asks for the bytes then is told what is wrong.
+        if let Ok(file) = self.reader(name) {
+            file.will_read(offset, len);
+        }
+    }
+
     fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>> {
         let mut found = Vec::new();
         self.list_directory("", prefix, &mut found)?;

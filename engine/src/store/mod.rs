@@ -61,6 +61,9 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// `Missing` if there is none; `Corrupt` if it ends before the buffer is full.
     fn get_range(&self, name: &ObjectName, offset: u64, buffer: &mut [u8]) -> Result<()>;
 
+    /// Says that [`Store::get_range`] will ask for these bytes soon. A store that fetches nothing ahead has nothing to do.
+    fn will_get(&self, _name: &ObjectName, _offset: u64, _len: u64) {}
+
     /// All objects whose names begin with `prefix`, in the order of their names.
     fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>>;
 
