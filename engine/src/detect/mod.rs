@@ -9,6 +9,8 @@
 
 mod change_map;
 mod coverage;
+mod segments;
+mod wal;
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,6 +18,8 @@ use std::str::FromStr;
 pub(crate) use change_map::sealed_changes;
 pub use change_map::{BlockRun, ChangeMap, FileLength};
 pub use coverage::{Coverage, CoverageCheck};
+pub use segments::WalFiles;
+pub use wal::WalChanges;
 
 use crate::error::{Error, ErrorKind, Result};
 
