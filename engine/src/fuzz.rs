@@ -10,14 +10,17 @@ use sha2::{Digest, Sha256};
 pub use crate::repo::fuzz::{fingerprints, locations, manifest, pack, page, sealed_text};
 
 use crate::chunk::{ChunkId, Codec, Decoder, Shape, hex};
+use crate::detect::{ChangeMap, FileLength, sealed_changes};
 use crate::pg::{
-    BackupLabel, ControlFile, Lsn, MajorVersion, PgBackupManifest, SystemIdentifier, TablespaceMap, TimelineHistory,
-    TimelineId, WalBlockSize, WalPageHeader, WalSegmentName, WalSegmentSize, WalSource, WalStep, WalWalker,
-    check_relation_map,
+    BackupLabel, BlocksPerSegment, ControlFile, ForkNumber, Lsn, MajorVersion, PgBackupManifest, RelationFile,
+    SegmentNumber, SystemIdentifier, TablespaceMap, TimelineHistory, TimelineId, WalBlockSize, WalPageHeader,
+    WalSegmentName, WalSegmentSize, WalSource, WalStep, WalWalker, check_relation_map,
 };
 
 /// Where pg_control has its CRC, by versions.
 const CONTROL_CRC_OFFSETS: [usize; 3] = [288, 292, 304];
+/// Blocks of a relation's file at most.
+const WHOLE_SEGMENT: u32 = BlocksPerSegment::DEFAULT.as_u32();
 /// Bytes of a WAL page.
 const WAL_PAGE_LEN: u32 = 8192;
 
@@ -113,6 +116,25 @@ fn walk(source: WalSource, start: Lsn, bytes: &[u8]) {
                     return;
                 }
                 walker.feed(&rest[..rest.len().min(piece)]);
+            }
+        }
+    }
+}
+
+/// A map of changes, and one whose frame or values the input is; what is decoded is used as a reader would.
+pub fn change_map(bytes: &[u8]) {
+    let name = "clusters/main/changes/1";
+    let frame = zstd::bulk::compress(bytes, 1).unwrap_or_default();
+    for object in [bytes.to_vec(), sealed_changes(bytes, name), sealed_changes(&frame, name)] {
+        let Ok(map) = ChangeMap::decode(&object, name) else { continue };
+        let again = map.encode(name).and_then(|bytes| ChangeMap::decode(&bytes, name));
+        assert_eq!(again.ok().as_ref(), Some(&map), "a map of changes does not read back");
+        let len = FileLength { block_count: WHOLE_SEGMENT, parent_block_count: WHOLE_SEGMENT };
+        for (locator, _) in map.relations() {
+            for segment in [SegmentNumber::new(0), SegmentNumber::new(1)] {
+                let file = RelationFile { locator, fork: ForkNumber::Main, segment };
+                let blocks: u64 = map.runs(file, BlocksPerSegment::DEFAULT, len).map(|run| u64::from(run.count)).sum();
+                assert!(blocks <= u64::from(WHOLE_SEGMENT), "more blocks than the file has");
             }
         }
     }

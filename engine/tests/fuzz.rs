@@ -8,7 +8,12 @@ mod forge;
 use std::path::Path;
 
 use forge::{FORGED, Origin};
+use pgstrata_engine::detect::ChangeMap;
 use pgstrata_engine::fuzz;
+use pgstrata_engine::pg::{
+    BlockNumber, DatabaseOid, ForkNumber, Lsn, RelFileLocator, RelFileNumber, SystemIdentifier, TablespaceOid,
+    TimelineId, WalRange,
+};
 use pgstrata_engine::store::Store;
 
 const INPUTS: u64 = 10_000;
@@ -153,6 +158,24 @@ fn no_file_of_postgresql_makes_its_parser_panic() {
 ],
 "#;
     run(fuzz::pg_manifest, &[files.to_vec()]);
+}
+
+#[test]
+fn no_map_of_changes_makes_its_decoder_panic() {
+    let mut map = ChangeMap::new(SystemIdentifier::new(7));
+    let relation =
+        |rel| RelFileLocator { spc: TablespaceOid::DEFAULT, db: DatabaseOid::new(5), rel: RelFileNumber::new(rel) };
+    map.cover(WalRange { timeline: TimelineId::new(1), start: Lsn::new(40), end: Lsn::new(800) });
+    map.replace_database(TablespaceOid::DEFAULT, DatabaseOid::new(9));
+    map.set_limit(relation(2), ForkNumber::Main, BlockNumber::new(70_000));
+    (0..40).for_each(|at| map.mark(relation(1), ForkNumber::Main, BlockNumber::new(at * at * 100)));
+    let sparse = map.encode("x").unwrap();
+    (0..5000).for_each(|at| map.mark(relation(3), ForkNumber::Main, BlockNumber::new(at)));
+    let values = [&sparse, &map.encode("x").unwrap()].map(|object| {
+        let frame = &object["pgstrata changes 1\n".len()..object.len() - 32];
+        zstd::stream::decode_all(frame).unwrap()
+    });
+    run(fuzz::change_map, &values);
 }
 
 #[test]

@@ -7,8 +7,19 @@
 //! What goes wrong: a detector is asked for that cannot cover the range from the parent's start to this start. Then
 //! [`choose`] refuses, instead of taking something else silently.
 
+mod change_map;
+mod coverage;
+mod segments;
+mod wal;
+
 use std::fmt;
 use std::str::FromStr;
+
+pub(crate) use change_map::sealed_changes;
+pub use change_map::{BlockRun, ChangeMap, FileLength};
+pub use coverage::{Coverage, CoverageCheck};
+pub use segments::WalFiles;
+pub use wal::WalChanges;
 
 use crate::error::{Error, ErrorKind, Result};
 

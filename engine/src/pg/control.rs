@@ -168,7 +168,7 @@ pub enum WalLevel {
 }
 
 impl WalLevel {
-    fn from_number(number: u32) -> Option<Self> {
+    pub(super) fn from_number(number: u32) -> Option<Self> {
         [WalLevel::Minimal, WalLevel::Replica, WalLevel::Logical].get(usize::try_from(number).ok()?).copied()
     }
 }

@@ -33,6 +33,7 @@ pub use relation::{
 };
 pub use relmap::check_relation_map;
 pub use wal::{
-    WalBlockSize, WalLongHeader, WalPageHeader, WalRecord, WalSegmentName, WalSegmentNumber, WalSegmentSize, WalSource,
-    WalStep, WalWalker,
+    BlockReference, DecodedRecord, ImageCompression, PageImage, RecordDecoder, StorageChange, WalBlockSize,
+    WalLongHeader, WalPageHeader, WalRecord, WalSegmentName, WalSegmentNumber, WalSegmentSize, WalSource, WalStep,
+    WalWalker,
 };

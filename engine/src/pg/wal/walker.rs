@@ -29,13 +29,14 @@
 
 use std::ops::Range;
 
-use super::super::bytes::{array_at, u32_at, u64_at};
+use super::super::bytes::{u32_at, u64_at};
 use super::super::{Lsn, MajorVersion, SystemIdentifier, TimelineHistory};
 use super::page_header::{LONG_LEN, SHORT_LEN, WalPageHeader};
+use super::record::main_data_only;
 use super::{WalBlockSize, WalSegmentSize};
 use crate::error::{Error, Result};
 
-const RECORD_HEADER_LEN: usize = 24;
+pub(super) const RECORD_HEADER_LEN: usize = 24;
 const CRC_OFFSET: usize = 20;
 /// PostgreSQL: `src/include/utils/memutils.h`, `MaxAllocSize`; no server could have read a longer one.
 const MAX_RECORD_LEN: usize = 0x3FFF_FFFF;
@@ -101,27 +102,9 @@ impl<'a> WalRecord<'a> {
     }
 
     /// The record's own data, where it refers to no blocks; `None` where it does.
-    ///
-    /// PostgreSQL: `src/backend/access/transam/xlogreader.c`, `DecodeXLogRecord`.
+    /// [`RecordDecoder`](super::RecordDecoder) has it in any case.
     pub fn main_data(&self) -> Option<&'a [u8]> {
-        let mut rest = self.bytes.get(RECORD_HEADER_LEN..)?;
-        loop {
-            let (id, after) = rest.split_first()?;
-            rest = match id {
-                // Replication origin, top-level transaction.
-                253 => after.get(2..)?,
-                252 => after.get(4..)?,
-                255 => {
-                    let (len, data) = after.split_first()?;
-                    return data.get(..usize::from(*len));
-                }
-                254 => {
-                    let len = usize::try_from(u32_at(after, 0)?).ok()?;
-                    return after.get(4..)?.get(..len);
-                }
-                _ => return None,
-            };
-        }
+        main_data_only(self.bytes)
     }
 
     fn is_xlog(&self, kind: u8) -> bool {
@@ -453,12 +436,10 @@ impl WalWalker {
     }
 }
 
-/// The lost record that this one names, if it is of the kind that does: a header, a short header of main data,
-/// and the data.
+/// The lost record that this one names, if it is of the kind that does.
 fn overwritten(record: WalRecord<'_>) -> Option<Lsn> {
-    let [id, _len] = array_at(record.bytes, RECORD_HEADER_LEN)?;
-    let named = u64_at(record.bytes, RECORD_HEADER_LEN + 2).map(Lsn::new);
-    named.filter(|_| record.is_xlog(XLOG_OVERWRITE_CONTRECORD) && id == 255)
+    let names_one = record.is_xlog(XLOG_OVERWRITE_CONTRECORD);
+    record.main_data().filter(|_| names_one).and_then(|data| u64_at(data, 0)).map(Lsn::new)
 }
 
 fn plus(lsn: Lsn, len: usize) -> Lsn {
