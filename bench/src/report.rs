@@ -43,6 +43,11 @@ impl Step {
     pub const fn beside(name: &'static str, peers: &'static [Step]) -> Self {
         Self { name, peers }
     }
+
+    /// A step whose name is put together as the workload goes; there are some dozens of them, which stay until the program ends.
+    pub fn named(name: String, peers: Vec<Step>) -> Self {
+        Self { name: name.leak(), peers: peers.leak() }
+    }
 }
 
 impl PartialEq for Step {
