@@ -9,6 +9,7 @@
 //! | file | what it knows |
 //! |---|---|
 //! | `compare` | the tools, the clusters, what changes in them, and the rounds |
+//! | `tps` | a server's transactions while it is backed up |
 //! | `limits` | the bounds of backups and restores |
 //! | `nightly` | the rounds: which command runs when, and on what |
 //! | `merge` | a month of nights, by pgstrata and by `pg_basebackup`, and what is made of them |
@@ -39,6 +40,7 @@ mod scratch;
 mod simulated;
 mod stage;
 mod torture;
+mod tps;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -57,6 +59,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Workload {
     Compare(Box<compare::CompareArgs>),
+    Tps(Box<tps::TpsArgs>),
     Nightly(NightlyArgs),
     Merge(MergeArgs),
     Metadata(MetadataArgs),
@@ -260,6 +263,7 @@ struct ReadArgs {
 fn main() -> ExitCode {
     let done = match Cli::parse().workload {
         Workload::Compare(args) => compare::run(&args),
+        Workload::Tps(args) => tps::run(&args),
         Workload::Nightly(args) => nightly::run(&args),
         Workload::Merge(args) => merge::run(&args),
         Workload::Metadata(args) => metadata::run(&args),

@@ -25,8 +25,8 @@ mod churn;
 mod mixed;
 mod proof;
 mod rounds;
-mod site;
-mod tools;
+pub mod site;
+pub mod tools;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -47,6 +47,46 @@ const MB: f64 = 1e6;
 /// Every step of every tool on one cluster: full, incremental by share of change, restore, merge, verify, and the machine's limits.
 #[derive(Args, Debug)]
 pub struct CompareArgs {
+    /// What cluster everybody backs up.
+    #[command(flatten)]
+    pub site: SiteArgs,
+
+    /// How the tools are called.
+    #[command(flatten)]
+    pub tools: ToolArgs,
+
+    /// How the cluster changes between backups.
+    #[arg(long, value_name = "MODEL,...", value_enum, value_delimiter = ',', default_value = "uniform")]
+    pub churn: Vec<Churn>,
+
+    /// How much of its blocks changes before each incremental, in percent; one incremental for each.
+    #[arg(long, value_name = "PERCENT,...", value_delimiter = ',', default_value = "0,0.1,1,10", value_parser = parse_share)]
+    pub change: Vec<f64>,
+
+    /// Incrementals in the history whose last one is restored; 0 for no history.
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=60))]
+    pub nights: u32,
+
+    /// How much changes in each of these nights, in percent of the blocks.
+    #[arg(long, value_name = "PERCENT", default_value = "1", value_parser = parse_share)]
+    pub nightly_change: f64,
+
+    /// What the kernel's caches hold before each command; cold only as root.
+    #[arg(long, value_name = "CACHE", value_enum, default_value_t = Caches::Warm)]
+    pub cache: Caches,
+
+    /// How often each command runs, with each kind of cache.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub runs: u32,
+
+    /// Options of every workload with rounds.
+    #[command(flatten)]
+    pub common: CommonArgs,
+}
+
+/// What cluster everybody backs up.
+#[derive(Args, Clone, Debug)]
+pub struct SiteArgs {
     /// What cluster: of a server by pgbench, mixed with less compressible tables, or pages that are written without a server.
     #[arg(long, value_name = "KIND", value_enum, default_value_t = Kind::Pgbench)]
     pub cluster: Kind,
@@ -71,37 +111,32 @@ pub struct CompareArgs {
     #[arg(long, value_name = "PERCENT", default_value_t = 33, value_parser = clap::value_parser!(u8).range(0..=100))]
     pub random_percent: u8,
 
-    /// How the cluster changes between backups.
-    #[arg(long, value_name = "MODEL,...", value_enum, value_delimiter = ',', default_value = "uniform")]
-    pub churn: Vec<Churn>,
-
-    /// How much of its blocks changes before each incremental, in percent; one incremental for each.
-    #[arg(long, value_name = "PERCENT,...", value_delimiter = ',', default_value = "0,0.1,1,10", value_parser = parse_share)]
-    pub change: Vec<f64>,
-
-    /// pgstrata's detectors; one that refuses is left out.
-    #[arg(long, value_name = "DETECTOR,...", value_enum, value_delimiter = ',', default_value = "scan,wal,summary")]
-    pub detect: Vec<Detector>,
-
-    /// Incrementals in the history whose last one is restored; 0 for no history.
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=60))]
-    pub nights: u32,
-
-    /// How much changes in each of these nights, in percent of the blocks.
-    #[arg(long, value_name = "PERCENT", default_value = "1", value_parser = parse_share)]
-    pub nightly_change: f64,
-
-    /// What the kernel's caches hold before each command; cold only as root.
-    #[arg(long, value_name = "CACHE", value_enum, default_value_t = Caches::Warm)]
-    pub cache: Caches,
-
-    /// How often each command runs, with each kind of cache.
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
-    pub runs: u32,
-
     /// The major version of PostgreSQL.
     #[arg(long, value_name = "MAJOR", default_value_t = 18, value_parser = clap::value_parser!(u32).range(13..=18))]
     pub major: u32,
+}
+
+impl Default for SiteArgs {
+    /// As if nothing were typed.
+    fn default() -> Self {
+        Self {
+            cluster: Kind::Pgbench,
+            scale: 100,
+            size: 2_000_000_000,
+            relations: 1000,
+            tablespaces: 2,
+            random_percent: 33,
+            major: 18,
+        }
+    }
+}
+
+/// How the tools are called.
+#[derive(Args, Clone, Debug)]
+pub struct ToolArgs {
+    /// pgstrata's detectors; one that refuses is left out.
+    #[arg(long, value_name = "DETECTOR,...", value_enum, value_delimiter = ',', default_value = "scan,wal,summary")]
+    pub detect: Vec<Detector>,
 
     /// Workers of each tool [default: one for each core].
     #[arg(long, value_name = "N", default_value_t = cores(), value_parser = clap::value_parser!(u32).range(1..))]
@@ -114,10 +149,6 @@ pub struct CompareArgs {
     /// What runs beside pgstrata, and where it is.
     #[command(flatten)]
     pub peers: PeerArgs,
-
-    /// Options of every workload with rounds.
-    #[command(flatten)]
-    pub common: CommonArgs,
 }
 
 /// What runs beside pgstrata, and where it is.
@@ -205,7 +236,7 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     let scratch = Scratch::set(&args.common, false, &[])?;
     let hot: Vec<f64> = args.change.iter().copied().filter(|share| *share > 0.0).collect();
     let hot = if args.churn.contains(&Churn::Hot) { hot } else { Vec::new() };
-    let site = Site::set(args, scratch, &hot)?;
+    let site = Site::set(&args.site, scratch, &hot)?;
     let mut recorder = Recorder::default();
     recorder.notes.load_before = machine::load_average();
     let mut rounds = Rounds::new(args, &site);
@@ -220,7 +251,8 @@ pub fn run(args: &CompareArgs) -> Result<()> {
 }
 
 fn report(args: &CompareArgs, site: &Site, recorder: &Recorder, rounds: &Rounds) -> Result<()> {
-    let CompareArgs { runs, major, jobs, nights, common, .. } = args;
+    let CompareArgs { runs, nights, common, .. } = args;
+    let (major, jobs) = (args.site.major, args.tools.jobs);
     let steps = steps(&recorder.samples);
     let incrementals: Vec<Step> =
         steps.iter().copied().filter(|step| step.name.contains("pgstrata incremental")).collect();
@@ -286,7 +318,8 @@ fn is_beside(own: &Sample, peer: &Sample) -> bool {
     };
     match peer.tool.as_str() {
         "limit" => bounds.contains(&peer.action.as_str()),
-        _ => (&own.action, &own.churn, own.share_changed) == (&peer.action, &peer.churn, peer.share_changed),
+        _ if own.action != peer.action || own.night.is_some() != peer.night.is_some() => false,
+        _ => (&own.churn, own.share_changed) == (&peer.churn, peer.share_changed),
     }
 }
 

@@ -53,7 +53,7 @@ pub struct Rounds<'a> {
 impl<'a> Rounds<'a> {
     /// With the tools that there are.
     pub fn new(args: &'a CompareArgs, site: &'a Site) -> Self {
-        let tools = tools::find(args, site, Set::Rounds);
+        let tools = tools::find(&args.tools, site, Set::Rounds);
         tools.left_out.iter().for_each(|why| say(why));
         Self { args, site, rounds: players(tools.found), nights: Vec::new(), turn: 0, found: tools.left_out }
     }
@@ -66,7 +66,7 @@ impl<'a> Rounds<'a> {
         if self.args.nights == 0 {
             return Ok(());
         }
-        self.nights = players(tools::find(self.args, self.site, Set::Nights).found);
+        self.nights = players(tools::find(&self.args.tools, self.site, Set::Nights).found);
         self.nights.retain(|player| !player.tool.ways(Action::Incremental).is_empty());
         recorder.round = 1;
         let moment = Moment { action: Action::Full, cold: false, change: None, night: Some(0) };
@@ -234,14 +234,14 @@ impl<'a> Rounds<'a> {
             churn: moment.change.map_or_else(String::new, |change| change.churn.name().to_owned()),
             share_changed: moment.change.map(|change| change.share),
             night: moment.night,
-            jobs: Some(self.args.jobs),
+            jobs: Some(self.args.tools.jobs),
             ..self.facts_of(moment.cold)
         }
     }
 
     fn facts_of(&self, cold: bool) -> Facts {
         let cache = if cold { "cold" } else { "warm" };
-        Facts { cache: cache.to_owned(), cluster: self.args.cluster.name().to_owned(), ..Facts::default() }
+        Facts { cache: cache.to_owned(), cluster: self.site.kind().name().to_owned(), ..Facts::default() }
     }
 
     fn step(&self, set: Set, tool: &str, moment: Moment, way: &str) -> Step {
@@ -301,7 +301,7 @@ impl<'a> Rounds<'a> {
 
     /// What bounds every backup.
     fn read_limits(&mut self, recorder: &mut Recorder, cold: bool) -> Result<()> {
-        let (scratch, jobs) = (self.site.scratch(), self.args.jobs.to_string());
+        let (scratch, jobs) = (self.site.scratch(), self.args.tools.jobs.to_string());
         let mut read = scratch.this_program();
         read.args(["read", "--jobs", &jobs]).arg(self.site.data_dir());
         self.limit(recorder, "read", cold, read, self.site.directories(), None)?;
@@ -312,7 +312,7 @@ impl<'a> Rounds<'a> {
 
     /// What bounds every restore, with the bytes of one.
     fn write_limits(&mut self, recorder: &mut Recorder, cold: bool) -> Result<()> {
-        let (scratch, jobs) = (self.site.scratch(), self.args.jobs.to_string());
+        let (scratch, jobs) = (self.site.scratch(), self.args.tools.jobs.to_string());
         let (restored, copy) = (scratch.path("restored"), scratch.path("copy"));
         let mut write = scratch.this_program();
         write.args(["limit", "--jobs", &jobs, "write"]).arg(restored.join("data")).arg(&copy);
@@ -344,7 +344,7 @@ impl<'a> Rounds<'a> {
         let run = |command: &mut Command| -> Result<Usage> { site.measure(command, &start) };
         let written = || made.as_deref().map_or(Ok(0), read::tree_len);
         let done = recorder.measure(step, site.scratch(), site.bytes()?, command, run, written)?;
-        let (tool, jobs) = ("limit".to_owned(), Some(self.args.jobs));
+        let (tool, jobs) = ("limit".to_owned(), Some(self.args.tools.jobs));
         done.sample.facts = Facts { tool, action: action.to_owned(), jobs, ..self.facts_of(cold) };
         if made.is_some() { site.scratch().clear("copy") } else { Ok(()) }
     }

@@ -16,7 +16,7 @@ use testdata::synthetic::page::PAGE_LEN;
 use testdata::synthetic::{Options, SEGMENT_BLOCKS, SyntheticCluster};
 use testdata::{Error, Result};
 
-use super::CompareArgs;
+use super::SiteArgs;
 use super::churn::{Churn, Table, choose, rows_for};
 use super::mixed;
 use crate::measure::Usage;
@@ -81,6 +81,7 @@ pub struct Site {
     home: Home,
     kind: Kind,
     scale: u32,
+    major: u32,
     tablespaces: Vec<u32>,
 }
 
@@ -89,15 +90,26 @@ impl Site {
     ///
     /// # Errors
     /// When that fails.
-    pub fn set(args: &CompareArgs, scratch: Scratch, hot: &[f64]) -> Result<Self> {
-        let tablespaces: Vec<u32> = (TABLESPACE..).take(args.tablespaces as usize).collect();
+    pub fn set(args: &SiteArgs, scratch: Scratch, hot: &[f64]) -> Result<Self> {
+        let count = if args.cluster == Kind::Synthetic { args.tablespaces as usize } else { 0 };
+        let tablespaces: Vec<u32> = (TABLESPACE..).take(count).collect();
         let home = match args.cluster {
             Kind::Synthetic => synthetic(args, scratch, &tablespaces)?,
             _ => Home::Server(Box::new(server(args, scratch)?)),
         };
-        let site = Self { home, kind: args.cluster, scale: args.scale, tablespaces };
+        let site = Self { home, kind: args.cluster, scale: args.scale, major: args.major, tablespaces };
         hot.iter().try_for_each(|share| site.make_hot_table(*share))?;
         Ok(site)
+    }
+
+    /// The major version of PostgreSQL.
+    pub fn major(&self) -> u32 {
+        self.major
+    }
+
+    /// What kind of cluster it is.
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// The scratch directory.
@@ -240,7 +252,7 @@ impl Site {
     }
 }
 
-fn server(args: &CompareArgs, scratch: Scratch) -> Result<Stage> {
+fn server(args: &SiteArgs, scratch: Scratch) -> Result<Stage> {
     let new = args.major >= 17;
     let conf: &[&str] = if new { &CONF_SUMMARIES } else { &CONF };
     let tools: &[&str] = if new { &TOOLS_INCREMENTAL } else { &TOOLS };
@@ -318,7 +330,7 @@ fn hot_name(share: f64) -> String {
     format!("hot_{}", share.to_string().replace('.', "_"))
 }
 
-fn synthetic(args: &CompareArgs, scratch: Scratch, tablespaces: &[u32]) -> Result<Home> {
+fn synthetic(args: &SiteArgs, scratch: Scratch, tablespaces: &[u32]) -> Result<Home> {
     let mut options = Options::new(args.major, 1);
     options.random_percent = args.random_percent;
     let data_dir = scratch.path("data");

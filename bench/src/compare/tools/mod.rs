@@ -18,7 +18,7 @@ use serde_json::Value;
 use testdata::os_user::ServerUser;
 use testdata::{Error, Result};
 
-use super::CompareArgs;
+use super::ToolArgs;
 use super::site::Site;
 
 /// What a tool can do; the same word for all of them.
@@ -140,11 +140,11 @@ pub struct Tools {
 }
 
 /// The tools of this run.
-pub fn find(args: &CompareArgs, site: &Site, set: Set) -> Tools {
+pub fn find(args: &ToolArgs, site: &Site, set: Set) -> Tools {
     let mut found: Vec<Box<dyn Tool>> = vec![Box::new(pgstrata::Pgstrata::new(args, site, set))];
     let mut left_out = Vec::new();
     let peers: [(&str, Found); 4] = [
-        ("pg_basebackup", postgres::find(args, site, set)),
+        ("pg_basebackup", postgres::find(site, set)),
         ("pgbackrest", pgbackrest::find(args, site, set)),
         ("wal-rus", walrus::find(args, site, set)),
         ("barman", barman::find(args, site, set)),

@@ -12,7 +12,7 @@ use testdata::cluster::{SUPERUSER, succeed};
 
 use super::{Action, Found, Set, Tool, fresh};
 use crate::cannot;
-use crate::compare::CompareArgs;
+use crate::compare::ToolArgs;
 use crate::compare::site::Site;
 
 const HINT: &str = "install it (Debian: apt-get install pgbackrest), or build a newer one and say --pgbackrest PATH";
@@ -26,12 +26,12 @@ struct PgBackRest {
     repo: PathBuf,
 }
 
-pub(super) fn find(args: &CompareArgs, site: &Site, set: Set) -> Found {
+pub(super) fn find(args: &ToolArgs, site: &Site, set: Set) -> Found {
     let program = super::program(args.peers.pgbackrest.as_ref(), "pgbackrest", HINT)?;
     let version = super::version_of(site.scratch().user(), &program, "version")?;
     let minor = minor(&version).ok_or_else(|| format!("it says {version:?} as its version"))?;
     let newest = if minor < 57 { newest_major(minor) } else { u32::MAX };
-    if args.major > newest {
+    if site.major() > newest {
         return Err(format!("{version} knows PostgreSQL up to {newest}; {HINT}"));
     }
     let home = set.home(site, "pgbackrest");

@@ -7,7 +7,7 @@ use serde_json::Value;
 use testdata::{Error, Result};
 
 use super::{Action, Set, Tool, fresh};
-use crate::compare::CompareArgs;
+use crate::compare::ToolArgs;
 use crate::compare::site::Site;
 use crate::merge;
 
@@ -25,7 +25,7 @@ pub struct Pgstrata {
 
 impl Pgstrata {
     /// With a repository for `set`.
-    pub fn new(args: &CompareArgs, site: &Site, set: Set) -> Self {
+    pub fn new(args: &ToolArgs, site: &Site, set: Set) -> Self {
         let detectors = match set {
             Set::Rounds => args.detect.iter().map(|detector| detector.name()).collect(),
             Set::Nights => vec!["auto"],

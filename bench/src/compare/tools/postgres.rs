@@ -12,7 +12,6 @@ use testdata::Result;
 
 use super::{Action, Found, Set, Tool, fresh, no_server};
 use crate::cannot;
-use crate::compare::CompareArgs;
 use crate::compare::site::Site;
 
 /// Of the tar that the server compresses.
@@ -27,11 +26,11 @@ struct Postgres {
     chain: Vec<PathBuf>,
 }
 
-pub(super) fn find(args: &CompareArgs, site: &Site, set: Set) -> Found {
+pub(super) fn find(site: &Site, set: Set) -> Found {
     let server = site.server().ok_or("it needs a server")?;
     let tool = server.tool("pg_basebackup").map_err(|e| e.to_string())?;
     let version = super::version_of(site.scratch().user(), Path::new(tool.get_program()), "--version")?;
-    let (home, major) = (set.home(site, "pg_basebackup"), args.major);
+    let (home, major) = (set.home(site, "pg_basebackup"), site.major());
     Ok(Box::new(Postgres { home, major, tar: set == Set::Rounds && major >= 15, version, chain: Vec::new() }))
 }
 

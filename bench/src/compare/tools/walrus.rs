@@ -8,7 +8,7 @@ use serde_json::Value;
 use testdata::Result;
 
 use super::{Action, Found, Set, Tool, and_sync, fresh, no_server};
-use crate::compare::CompareArgs;
+use crate::compare::ToolArgs;
 use crate::compare::site::Site;
 
 const HINT: &str = "cargo install wal-rus --root DIR, and --wal-rus DIR/bin/walrus";
@@ -21,14 +21,14 @@ struct WalRus {
     deltas: bool,
 }
 
-pub(super) fn find(args: &CompareArgs, site: &Site, set: Set) -> Found {
+pub(super) fn find(args: &ToolArgs, site: &Site, set: Set) -> Found {
     if site.server().is_none() {
         return Err("it needs a server".to_owned());
     }
     let program = super::program(args.peers.wal_rus.as_ref(), "walrus", HINT)?;
     let version = super::version_of(site.scratch().user(), &program, "--version")?;
     let (repo, jobs) = (set.home(site, "wal-rus"), args.jobs);
-    Ok(Box::new(WalRus { program, version, repo, jobs, deltas: args.major >= 17 }))
+    Ok(Box::new(WalRus { program, version, repo, jobs, deltas: site.major() >= 17 }))
 }
 
 impl WalRus {
