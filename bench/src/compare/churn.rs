@@ -8,6 +8,8 @@
 //! | `hot` | every row of one small table, then a vacuum of it | blocks of the largest relation only |
 //! | `vacuum` | scattered rows are deleted, then the table is vacuumed | runs of 32 neighbouring blocks |
 //!
+//! A vacuum also cleans up after the models before it, so it is best asked for alone.
+//!
 //! The share that is asked for is of the cluster's blocks. One updated row dirties its page, the page that its new version goes to,
 //! and a leaf of each index: [`rows_for`] finds how many rows that makes. It is an estimate; how many blocks really differed is what
 //! the backups say, and the report prints it.
@@ -106,7 +108,7 @@ pub struct Table {
     pub rows: u64,
     /// The blocks of its heap.
     pub heap: u64,
-    /// The blocks of each of its indexes.
+    /// The blocks of each of its indexes, the primary key's first.
     pub indexes: Vec<u64>,
     /// Its blocks with indexes and toast.
     pub total: u64,
@@ -115,11 +117,25 @@ pub struct Table {
 /// How many rows, equally far apart, must be updated so that about `blocks` blocks differ.
 pub fn rows_for(table: &Table, blocks: u64) -> u64 {
     let per_page = (table.rows / table.heap.max(1)).max(1);
-    let dirtied = |rows: u64| {
+    fewest(table.rows, blocks, |rows| {
         let leaves: u64 = table.indexes.iter().map(|index| rows.min(*index)).sum();
         rows.min(table.heap) + leaves + rows / per_page
-    };
-    let (mut low, mut high) = (0, table.rows);
+    })
+}
+
+/// How many rows must be added so that about `blocks` blocks differ: the primary key grows at its end, other indexes anywhere.
+pub fn new_rows_for(table: &Table, blocks: u64) -> u64 {
+    let others: u64 = table.indexes.iter().skip(1).sum();
+    let growing = table.total.saturating_sub(others);
+    fewest(table.rows, blocks, |rows| {
+        let leaves: u64 = table.indexes.iter().skip(1).map(|index| rows.min(*index)).sum();
+        leaves + rows * growing / table.rows.max(1)
+    })
+}
+
+/// The fewest of up to `most` rows that dirty as many blocks.
+fn fewest(most: u64, blocks: u64, dirtied: impl Fn(u64) -> u64) -> u64 {
+    let (mut low, mut high) = (0, most);
     while low < high {
         let middle = low + (high - low) / 2;
         if dirtied(middle) < blocks { low = middle + 1 } else { high = middle }
@@ -176,5 +192,14 @@ mod tests {
         // There are no more leaves to dirty than there are.
         assert!((3200..=3300).contains(&rows_for(&table, 5000)), "{}", rows_for(&table, 5000));
         assert_eq!(rows_for(&table, 1_000_000), 610_000);
+    }
+
+    #[test]
+    fn new_rows_make_a_table_grow_and_dirty_leaves_of_unordered_indexes() {
+        let ordered = Table { rows: 10_000, heap: 900, indexes: vec![100], total: 1000 };
+        assert_eq!(new_rows_for(&ordered, 100), 1000);
+        let unordered = Table { indexes: vec![100, 50], total: 1050, ..ordered };
+        assert_eq!(new_rows_for(&unordered, 50), 46);
+        assert_eq!(new_rows_for(&unordered, 150), 1000);
     }
 }

@@ -15,6 +15,9 @@ use crate::record::Recorder;
 use crate::report::{Facts, Step};
 use crate::scratch::{Start, say};
 
+/// How much of a line of a peer's complaint is repeated.
+const COMPLAINT_LEN: usize = 240;
+
 /// A tool, and why it does not take part any longer, if so.
 struct Player {
     tool: Box<dyn Tool>,
@@ -92,6 +95,7 @@ impl<'a> Rounds<'a> {
     /// When pgstrata fails, or what was restored is wrong.
     pub fn play(&mut self, recorder: &mut Recorder, cold: bool) -> Result<()> {
         let moment = |action| Moment { action, cold, change: None, night: None };
+        self.site.tidy()?;
         self.read_limits(recorder, cold)?;
         self.each(recorder, Set::Rounds, moment(Action::Full))?;
         self.restores(recorder, Set::Rounds, moment(Action::RestoreFull))?;
@@ -174,14 +178,13 @@ impl<'a> Rounds<'a> {
         if ours && (way.is_empty() || ["auto", "scan"].contains(&way)) {
             return Err(error);
         }
-        let one_of_several = player.tool.ways(moment.action).len() > 1;
-        if one_of_several {
-            player.refused.push(way)
-        } else {
+        if way.is_empty() {
             player.out = true
+        } else {
+            player.refused.push(way)
         }
-        let (name, action) = (player.tool.name(), moment.action.name());
-        let why = format!("{name} {action} {way} was left out from round {}: {error}", self.turn);
+        let what = [player.tool.name(), moment.action.name(), way].join(" ");
+        let why = format!("{} is left out from here on: {}", what.trim_end(), short(&error.to_string()));
         say(&why);
         self.found.push(why);
         Ok(())
@@ -368,6 +371,17 @@ impl<'a> Rounds<'a> {
 
 fn players(tools: Vec<Box<dyn Tool>>) -> Vec<Player> {
     tools.into_iter().map(|tool| Player { tool, out: false, refused: Vec::new() }).collect()
+}
+
+/// The beginning of a complaint and its last line, where there are many.
+fn short(complaint: &str) -> String {
+    let cut = |line: &str| line.chars().take(COMPLAINT_LEN).collect::<String>();
+    let lines: Vec<&str> = complaint.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    match lines.as_slice() {
+        [] => String::new(),
+        [only] => cut(only),
+        [first, .., last] => format!("{} ... {}", cut(first), cut(last)),
+    }
 }
 
 /// An empty place to restore into.

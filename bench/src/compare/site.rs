@@ -17,7 +17,7 @@ use testdata::synthetic::{Options, SEGMENT_BLOCKS, SyntheticCluster};
 use testdata::{Error, Result};
 
 use super::SiteArgs;
-use super::churn::{Churn, Table, choose, rows_for};
+use super::churn::{Churn, Table, choose, new_rows_for, rows_for};
 use super::mixed;
 use crate::measure::Usage;
 use crate::scratch::{Scratch, Start, say};
@@ -224,6 +224,15 @@ impl Site {
         stage.cluster().sql_each("postgres", &[&make, &key, &format!("VACUUM (FREEZE, ANALYZE) {name}")])
     }
 
+    /// Cleans up what the changes of the last round left, so that the first vacuum of the next one does not.
+    ///
+    /// # Errors
+    /// PostgreSQL's.
+    pub fn tidy(&self) -> Result<()> {
+        let Some(server) = self.server() else { return Ok(()) };
+        server.sql_each("postgres", &["VACUUM (FREEZE)", "CHECKPOINT"])
+    }
+
     /// What the table says of the settings.
     pub fn settings(&self) -> String {
         self.stage().map_or_else(|| "no server".to_owned(), Stage::settings)
@@ -292,7 +301,7 @@ fn table(stage: &Stage, sort: &TableSort) -> Result<Table> {
     let query = format!(
         "SELECT (SELECT max({}) FROM {name}), pg_relation_size('{name}') / {PAGE_LEN},
                 pg_total_relation_size('{name}') / {PAGE_LEN},
-                (SELECT string_agg((pg_relation_size(indexrelid) / {PAGE_LEN})::text, ' ')
+                (SELECT string_agg((pg_relation_size(indexrelid) / {PAGE_LEN})::text, ' ' ORDER BY indisprimary DESC)
                    FROM pg_index WHERE indrelid = '{name}'::regclass)",
         sort.key
     );
@@ -314,7 +323,7 @@ fn statements(sort: &TableSort, table: &Table, churn: Churn, blocks: u64, turn: 
     };
     match churn {
         Churn::Append => {
-            let rows = (blocks as f64 * table.rows as f64 / table.total.max(1) as f64) as u64;
+            let rows = new_rows_for(table, blocks);
             let old = table.rows.saturating_sub(rows);
             vec![format!("INSERT INTO {name} SELECT {key} + {rows}, {copied} FROM {name} WHERE {key} > {old}")]
         }
@@ -374,6 +383,8 @@ fn lens(blocks: u64, relations: u32) -> Vec<u32> {
         lens.push(until - given);
         given = until;
     }
+    // Where there are only large ones, the first is the largest.
+    lens[0] += blocks - lens.iter().sum::<u64>();
     lens.into_iter().map(|len| u32::try_from(len).unwrap_or(u32::MAX)).collect()
 }
 

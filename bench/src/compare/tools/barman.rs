@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -19,6 +20,9 @@ use crate::compare::site::Site;
 
 const HINT: &str = "make a virtual environment, pip install barman psycopg2-binary there, and --barman DIR/bin/barman";
 const SERVER: &str = "bench";
+/// How long a receiver may take to come or to go, and how often that is looked at.
+const PATIENCE: Duration = Duration::from_secs(20);
+const POLL: Duration = Duration::from_millis(50);
 
 struct Barman {
     program: PathBuf,
@@ -53,11 +57,37 @@ impl Barman {
             "[barman]\nbarman_home = {home}\nbarman_user = {}\nlog_file = {home}/barman.log\nlog_level = WARNING\n\n\
              [{SERVER}]\ndescription = bench\nconninfo = {conninfo}\nstreaming_conninfo = {conninfo}\n\
              backup_method = {method}\nparallel_jobs = {}\narchiver = off\nstreaming_archiver = on\n\
+             slot_name = {}\ncreate_slot = auto\n\
              backup_options = concurrent_backup\npath_prefix = {}\nlocal_staging_path = {home}/staging\n",
             user_name()?,
             self.jobs,
+            self.slot(),
             programs.display(),
         ))
+    }
+
+    fn slot(&self) -> &'static str {
+        if self.set == Set::Nights { "barman_nights" } else { "barman_rounds" }
+    }
+
+    /// Ends the receiver, and lets the server forget what it kept for it.
+    fn end_receiving(&mut self, server: &Cluster) -> Result<()> {
+        self.receiver = None;
+        self.wait_until_active(server, false)?;
+        let slots = format!("FROM pg_replication_slots WHERE slot_name = '{}'", self.slot());
+        server.sql("postgres", &format!("SELECT pg_drop_replication_slot(slot_name) {slots}"))
+    }
+
+    fn wait_until_active(&self, server: &Cluster, active: bool) -> Result<()> {
+        let count = format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{}' AND active", self.slot());
+        let deadline = Instant::now() + PATIENCE;
+        while (server.query_value("postgres", &count)? == "1") != active {
+            if Instant::now() > deadline {
+                return Err(Error::new("Barman's receiver of WAL does not come or go"));
+            }
+            std::thread::sleep(POLL);
+        }
+        Ok(())
     }
 
     fn base(&self, site: &Site, command: &str) -> Command {
@@ -67,11 +97,12 @@ impl Barman {
     }
 
     /// Starts the receiver, and waits for the first segment.
-    fn receive(&mut self, site: &Site) -> Result<()> {
+    fn receive(&mut self, site: &Site, server: &Cluster) -> Result<()> {
         let mut receive = self.base(site, "receive-wal");
         receive.arg(SERVER).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let child = receive.spawn().map_err(|e| cannot("run", &self.program, e))?;
         self.receiver = Some(Receiver(child));
+        self.wait_until_active(server, true)?;
         succeed(self.base(site, "switch-wal").args(["--force", "--archive", SERVER])).map(drop)
     }
 }
@@ -96,14 +127,14 @@ impl Tool for Barman {
 
     fn prepare(&mut self, site: &Site) -> Result<()> {
         let server = site.server().ok_or_else(|| no_server(self.name()))?;
-        self.receiver = None;
+        self.end_receiving(server)?;
         fresh(site, &self.home)?;
         fresh(site, &self.base)?;
         fresh(site, &self.home.join("staging"))?;
         let path = self.home.join("barman.conf");
         std::fs::write(&path, self.config(server)?).map_err(|e| cannot("write", &path, e))?;
         site.scratch().user().own(&path)?;
-        self.receive(site)
+        self.receive(site, server)
     }
 
     fn ways(&self, action: Action) -> Vec<&'static str> {
@@ -112,8 +143,8 @@ impl Tool for Barman {
 
     fn command(&mut self, site: &Site, action: Action, _: &str, target: &Path) -> Result<Command> {
         if action.restores() {
-            if self.set == Set::Nights {
-                self.receiver = None;
+            if let (Set::Nights, Some(server)) = (self.set, site.server()) {
+                self.end_receiving(server)?;
             }
             let mut restore = self.base(site, "restore");
             restore.args(["--jobs", &self.jobs.to_string(), SERVER, "latest"]).arg(target);

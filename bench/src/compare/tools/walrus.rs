@@ -1,5 +1,8 @@
 //! wal-rus, WAL-G's port to Rust: reads the data directory itself, packs it by as many workers as there are cores, zstd 1; its deltas
 //! are of the blocks that WAL summaries name (17 and later). It syncs nothing, so a sync follows.
+//!
+//! The name of its delta holds those of all before it, and after seven of them is too long for a file. So in a history of nights each
+//! delta is against the full backup.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -19,6 +22,7 @@ struct WalRus {
     repo: PathBuf,
     jobs: u32,
     deltas: bool,
+    origin: &'static str,
 }
 
 pub(super) fn find(args: &ToolArgs, site: &Site, set: Set) -> Found {
@@ -28,7 +32,8 @@ pub(super) fn find(args: &ToolArgs, site: &Site, set: Set) -> Found {
     let program = super::program(args.peers.wal_rus.as_ref(), "walrus", HINT)?;
     let version = super::version_of(site.scratch().user(), &program, "--version")?;
     let (repo, jobs) = (set.home(site, "wal-rus"), args.jobs);
-    Ok(Box::new(WalRus { program, version, repo, jobs, deltas: site.major() >= 17 }))
+    let origin = if set == Set::Nights { "LATEST_FULL" } else { "LATEST" };
+    Ok(Box::new(WalRus { program, version, repo, jobs, deltas: site.major() >= 17, origin }))
 }
 
 impl WalRus {
@@ -36,8 +41,7 @@ impl WalRus {
         let mut walrus = site.scratch().program_at(&self.program);
         walrus.arg(command).env("WALG_FILE_PREFIX", &self.repo);
         walrus.envs([("WALG_COMPRESSION_METHOD", "zstd"), ("WALG_COMPRESSION_LEVEL", "1")]);
-        // A chain of as many deltas as it follows at a restore.
-        walrus.env("WALG_DELTA_MAX_STEPS", "60").env("WALG_DELTA_ORIGIN", "LATEST");
+        walrus.env("WALG_DELTA_MAX_STEPS", "60").env("WALG_DELTA_ORIGIN", self.origin).env("NO_COLOR", "1");
         walrus.env("WALG_UPLOAD_CONCURRENCY", self.jobs.to_string());
         walrus.env("WALG_DOWNLOAD_CONCURRENCY", self.jobs.to_string());
         walrus
@@ -54,7 +58,8 @@ impl Tool for WalRus {
     }
 
     fn settings(&self) -> String {
-        format!("local files, zstd level 1, {} workers, deltas from WAL summaries; then sync", self.jobs)
+        let of_nights = "in the history against the full backup";
+        format!("local files, zstd level 1, {} workers, deltas from WAL summaries, {of_nights}; then sync", self.jobs)
     }
 
     fn repo(&self) -> &Path {
