@@ -1,6 +1,6 @@
 //! What runs when, and in what order; see the [workload](super).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use testdata::{Error, Result};
@@ -345,7 +345,7 @@ impl<'a> Rounds<'a> {
         let start = if cold { Start::Cold } else { Start::Warm(warm) };
         let site = self.site;
         let run = |command: &mut Command| -> Result<Usage> { site.measure(command, &start) };
-        let written = || made.as_deref().map_or(Ok(0), read::tree_len);
+        let written = || made.as_deref().map_or(Ok(0), copied_len);
         let done = recorder.measure(step, site.scratch(), site.bytes()?, command, run, written)?;
         let (tool, jobs) = ("limit".to_owned(), Some(self.args.tools.jobs));
         done.sample.facts = Facts { tool, action: action.to_owned(), jobs, ..self.facts_of(cold) };
@@ -371,6 +371,12 @@ impl<'a> Rounds<'a> {
 
 fn players(tools: Vec<Box<dyn Tool>>) -> Vec<Player> {
     tools.into_iter().map(|tool| Player { tool, out: false, refused: Vec::new() }).collect()
+}
+
+/// The bytes of a copy of a restored cluster; its tablespaces are found through its links.
+fn copied_len(copy: &Path) -> Result<u64> {
+    let data = copy.join("data");
+    read::tree_len(if data.exists() { &data } else { copy })
 }
 
 /// The beginning of a complaint and its last line, where there are many.

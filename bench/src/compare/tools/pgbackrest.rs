@@ -58,13 +58,10 @@ impl PgBackRest {
     fn config(&self, site: &Site) -> String {
         let home = self.home.display();
         let blocks = if self.blocks { "repo1-block=y\n" } else { "" };
-        let server = site.server().map_or_else(
-            || "online=n\n".to_owned(),
-            |server| {
-                let (socket, port) = (server.socket_dir().display().to_string(), server.port());
-                format!("[bench]\npg1-socket-path={socket}\npg1-port={port}\npg1-user={SUPERUSER}\n")
-            },
-        );
+        let server = site.server().map_or_else(String::new, |server| {
+            let (socket, port) = (server.socket_dir().display().to_string(), server.port());
+            format!("[bench]\npg1-socket-path={socket}\npg1-port={port}\npg1-user={SUPERUSER}\n")
+        });
         format!(
             "[global]\nrepo1-path={}\nrepo1-bundle=y\n{blocks}compress-type=zst\ncompress-level=1\nprocess-max={}\n\
              start-fast=y\narchive-check=n\nrepo1-retention-full=9\nlog-level-file=off\nlog-level-console=warn\n\
@@ -72,6 +69,11 @@ impl PgBackRest {
             self.repo.display(),
             self.jobs,
         )
+    }
+
+    /// For the commands that talk to a server, if there is one.
+    fn online(&self, site: &Site) -> &'static str {
+        if site.server().is_some() { "--online" } else { "--no-online" }
     }
 
     fn base(&self, site: &Site, pg_path: &Path) -> Command {
@@ -111,7 +113,7 @@ impl Tool for PgBackRest {
         let path = self.home.join("pgbackrest.conf");
         std::fs::write(&path, self.config(site)).map_err(|e| cannot("write", &path, e))?;
         site.scratch().user().own(&path)?;
-        succeed(self.base(site, &site.data_dir()).arg("stanza-create")).map(drop)
+        succeed(self.base(site, &site.data_dir()).args([self.online(site), "stanza-create"])).map(drop)
     }
 
     fn ways(&self, action: Action) -> Vec<&'static str> {
@@ -122,8 +124,8 @@ impl Tool for PgBackRest {
         let pg_path = if action.restores() { target.to_owned() } else { site.data_dir() };
         let mut command = self.base(site, &pg_path);
         match action {
-            Action::Full => command.args(["--type=full", "backup"]),
-            Action::Incremental => command.args(["--type=incr", "backup"]),
+            Action::Full => command.args(["--type=full", self.online(site), "backup"]),
+            Action::Incremental => command.args(["--type=incr", self.online(site), "backup"]),
             _ => {
                 for moved in site.tablespaces() {
                     command.arg(format!("--tablespace-map={}={}", moved.number, moved.to.display()));
