@@ -1,5 +1,6 @@
 //! Workloads, peers and measurements: how fast a night with pgstrata is on this machine, and beside what.
 //!
+//! `compare` runs every step of every tool that backs up PostgreSQL here on one cluster, round by round, beside what bounds them all.
 //! `nightly` makes a throwaway cluster and runs the commands of a night on it, each several times and in turns with its
 //! peers; `merge` does the same with a month of nights; `metadata` has the metadata of a large cluster without the cluster;
 //! `kernels` times the inner loops alone. Every command is measured from outside, as a whole process; what is
@@ -7,6 +8,9 @@
 //!
 //! | file | what it knows |
 //! |---|---|
+//! | `compare` | the tools, the clusters, what changes in them, and the rounds |
+//! | `tps` | a server's transactions while it is backed up |
+//! | `limits` | the bounds of backups and restores |
 //! | `nightly` | the rounds: which command runs when, and on what |
 //! | `merge` | a month of nights, by pgstrata and by `pg_basebackup`, and what is made of them |
 //! | `metadata` | a repository of a large cluster, and the commands on it |
@@ -21,7 +25,9 @@
 //! | `kernels` | the inner loops, in this process |
 //! | `read` | the bound of all backups: reading everything |
 
+mod compare;
 mod kernels;
+mod limits;
 mod machine;
 mod measure;
 mod merge;
@@ -34,6 +40,7 @@ mod scratch;
 mod simulated;
 mod stage;
 mod torture;
+mod tps;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -51,11 +58,14 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Workload {
+    Compare(Box<compare::CompareArgs>),
+    Tps(Box<tps::TpsArgs>),
     Nightly(NightlyArgs),
     Merge(MergeArgs),
     Metadata(MetadataArgs),
     Simulate(SimulateArgs),
     Kernels(KernelArgs),
+    Limit(limits::LimitArgs),
     Read(ReadArgs),
     Torture(TortureArgs),
 }
@@ -252,12 +262,15 @@ struct ReadArgs {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().workload {
+        Workload::Compare(args) => compare::run(&args),
+        Workload::Tps(args) => tps::run(&args),
         Workload::Nightly(args) => nightly::run(&args),
         Workload::Merge(args) => merge::run(&args),
         Workload::Metadata(args) => metadata::run(&args),
         Workload::Simulate(args) => simulated::run(&args).map(|facts| println!("{facts}")),
         Workload::Kernels(args) => kernels::run(args.pages.as_deref()).map(|table| print!("{table}")),
         Workload::Torture(args) => torture::run(&args),
+        Workload::Limit(args) => limits::run(&args),
         Workload::Read(args) => read::run(&args.data_dir, args.jobs),
     };
     match done {

@@ -8,9 +8,10 @@
 
 use std::fs::{self, File};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use testdata::{Error, Result};
 use wait4::Wait4;
 
@@ -36,6 +37,10 @@ pub struct Usage {
     pub others: f64,
     /// Resident at once, in bytes, at most.
     pub peak_rss: u64,
+    /// Bytes that it and the server read by read calls, from caches and pipes too; what is mapped does not count.
+    pub read: u64,
+    /// Bytes of these, and of what is mapped, that came from storage.
+    pub disk_read: u64,
     /// What it printed on standard output.
     pub output: String,
 }
@@ -49,9 +54,11 @@ pub fn run(command: &mut Command, scratch: &Path, server_pid: Option<u32>) -> Re
     let create = |path| File::create(path).map_err(|e| cannot("write", path, e));
     command.stdin(Stdio::null()).stdout(create(&out)?).stderr(create(&err)?);
     let server_before = server_pid.map(server_time).transpose()?;
+    let server_io_before = server_pid.map(io_of).unwrap_or_default();
     let machine_before = machine_time()?;
     let begun = Instant::now();
     let mut child = command.spawn().map_err(|e| Error::new(format!("cannot run {}: {e}", name(command))))?;
+    let own_io = io_at_end(&child);
     let ended = child.wait4().map_err(|e| Error::new(format!("cannot wait for {}: {e}", name(command))))?;
     let wall = begun.elapsed();
     let machine = machine_time()?.saturating_sub(machine_before);
@@ -64,10 +71,45 @@ pub fn run(command: &mut Command, scratch: &Path, server_pid: Option<u32>) -> Re
     std::thread::sleep(REAP);
     let server_after = server_pid.map(server_time).transpose()?;
     let server = server_after.unwrap_or_default().saturating_sub(server_before.unwrap_or_default());
+    let server_io = server_pid.map(io_of).unwrap_or_default().since(server_io_before);
+    let (read_len, disk_read) = (own_io.read + server_io.read, own_io.disk_read + server_io.disk_read);
     let (user, sys, peak_rss) = (ended.rusage.utime, ended.rusage.stime, ended.rusage.maxrss);
     let processors = std::thread::available_parallelism().map_or(1, usize::from) as f64;
     let others = machine.saturating_sub(user + sys + server).as_secs_f64() / (wall.as_secs_f64() * processors);
-    Ok(Usage { wall, user, sys, server, others, peak_rss, output: read(&out)? })
+    Ok(Usage { wall, user, sys, server, others, peak_rss, read: read_len, disk_read, output: read(&out)? })
+}
+
+/// What the kernel counted for a process and the children it waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Io {
+    read: u64,
+    disk_read: u64,
+}
+
+impl Io {
+    fn since(self, before: Self) -> Self {
+        Self { read: self.read.saturating_sub(before.read), disk_read: self.disk_read.saturating_sub(before.disk_read) }
+    }
+}
+
+/// What a child has read when it has ended, before it is forgotten.
+fn io_at_end(child: &Child) -> Io {
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    let ended = pid.map(|pid| waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT));
+    if let Some(Ok(_)) = ended { io_of(child.id()) } else { Io::default() }
+}
+
+/// Nothing, where the kernel does not tell.
+fn io_of(pid: u32) -> Io {
+    fs::read_to_string(format!("/proc/{pid}/io")).map(|text| io_in(&text)).unwrap_or_default()
+}
+
+fn io_in(text: &str) -> Io {
+    let field = |name: &str| {
+        let value = text.lines().find_map(|line| line.strip_prefix(name))?;
+        value.trim().parse().ok()
+    };
+    Io { read: field("rchar:").unwrap_or(0), disk_read: field("read_bytes:").unwrap_or(0) }
 }
 
 fn name(command: &Command) -> String {
@@ -139,6 +181,13 @@ mod tests {
     }
 
     #[test]
+    fn what_is_read_is_told_from_what_came_from_storage() {
+        let text = "rchar: 1948\nwchar: 5\nsyscr: 7\nread_bytes: 4096\nwrite_bytes: 0\n";
+        assert_eq!(io_in(text), Io { read: 1948, disk_read: 4096 });
+        assert_eq!(io_in(""), Io::default());
+    }
+
+    #[test]
     fn doing_nothing_is_not_busy() {
         assert_eq!(busy_ticks("cpu  1 20 300 9 9 4000 50000 600000 7 7\ncpu0 1 1\n"), Some(654_321));
         assert_eq!(busy_ticks("intr 1 2"), None);
@@ -152,6 +201,9 @@ mod tests {
         let usage = run(sleep.args(["-c", "sleep 0.05; echo done"]), scratch.path(), None).unwrap();
         assert!(usage.wall >= Duration::from_millis(50) && usage.peak_rss > 0);
         assert_eq!(usage.output, "done\n");
+        let mut reads = Command::new("sh");
+        let usage = run(reads.args(["-c", "head -c 1000000 /dev/zero > /dev/null"]), scratch.path(), None).unwrap();
+        assert!(usage.read >= 1_000_000, "{} were read", usage.read);
         let mut fails = Command::new("sh");
         let error = run(fails.args(["-c", "echo why >&2; exit 7"]), scratch.path(), None).unwrap_err().to_string();
         assert!(error.contains("why") && error.contains('7'), "{error}");

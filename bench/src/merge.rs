@@ -16,6 +16,7 @@
 //! How much a night changes: a transaction updates one row of `pgbench_accounts`, which dirties its heap page and, as the new version goes to
 //! another one, the leaf of the primary key that points to it. So there are as many transactions as half a percent of the cluster has blocks.
 
+use std::path::Path;
 use std::process::Command;
 
 use engine::repo::{BackupId, ClusterName, Repository};
@@ -231,15 +232,8 @@ impl Month<'_> {
         self.measure(recorder, step, command, || Ok(read::tree_len(&repo)?.saturating_sub(before)))?.id()
     }
 
-    /// Removes a backup and its packs, and nothing else.
     fn remove(&self, backup: &str) -> Result<()> {
-        let remove = || {
-            let repo = Repository::open(&self.stage.scratch().path("repo"))?;
-            let (cluster, id) = (ClusterName::default(), backup.parse::<BackupId>()?);
-            repo.store().delete(&repo.manifest(&cluster, id)?.object()?)?;
-            repo.discard(&cluster, id)
-        };
-        remove().map_err(|e: engine::Error| Error::new(format!("cannot remove {backup}: {e}")))
+        remove(&self.stage.scratch().path("repo"), backup)
     }
 
     fn restore(&self, recorder: &mut Recorder, step: Step, backup: &str) -> Result<()> {
@@ -356,6 +350,20 @@ impl Month<'_> {
         }
         .write()
     }
+}
+
+/// Removes a backup and its packs from the repository at `path`, and nothing else.
+///
+/// # Errors
+/// When it stays.
+pub fn remove(path: &Path, backup: &str) -> Result<()> {
+    let remove = || {
+        let repo = Repository::open(path)?;
+        let (cluster, id) = (ClusterName::default(), backup.parse::<BackupId>()?);
+        repo.store().delete(&repo.manifest(&cluster, id)?.object()?)?;
+        repo.discard(&cluster, id)
+    };
+    remove().map_err(|e: engine::Error| Error::new(format!("cannot remove {backup}: {e}")))
 }
 
 /// How many rows each table has, and a sum over them.

@@ -18,7 +18,7 @@ const WINDOW_LEN: usize = 256 << 10;
 /// Directories whose contents no backup takes.
 const SKIPPED: [&str; 1] = ["pg_wal"];
 
-/// The files of a data directory that a backup reads, ascending, with their lengths.
+/// The files of a data directory and of its tablespaces that a backup reads, ascending, with their lengths.
 ///
 /// # Errors
 /// When a directory cannot be read.
@@ -28,7 +28,9 @@ pub fn files(data_dir: &Path) -> Result<Vec<(PathBuf, u64)>> {
     while let Some(directory) = directories.pop() {
         for entry in fs::read_dir(&directory).map_err(|e| cannot("list", &directory, e))? {
             let entry = entry.map_err(|e| cannot("list", &directory, e))?;
-            let Ok(metadata) = entry.metadata() else { continue };
+            // Tablespaces are behind links, and nothing else is.
+            let looked = if directory.ends_with("pg_tblspc") { fs::metadata(entry.path()) } else { entry.metadata() };
+            let Ok(metadata) = looked else { continue };
             let skipped = directory == data_dir && SKIPPED.iter().any(|name| entry.file_name() == *name);
             match metadata.is_dir() {
                 true if !skipped => directories.push(entry.path()),
@@ -41,21 +43,31 @@ pub fn files(data_dir: &Path) -> Result<Vec<(PathBuf, u64)>> {
     Ok(found)
 }
 
+/// All files below `directory`, ascending, with their lengths.
+///
+/// # Errors
+/// When a directory cannot be read.
+pub fn all_files(directory: &Path) -> Result<Vec<(PathBuf, u64)>> {
+    // `files` skips what lies in the root only, so the root's own children are asked one by one.
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).map_err(|e| cannot("list", directory, e))? {
+        let path = entry.map_err(|e| cannot("list", directory, e))?.path();
+        let metadata = fs::symlink_metadata(&path).map_err(|e| cannot("look at", &path, e))?;
+        match metadata.is_dir() {
+            true => found.extend(files(&path)?),
+            false if metadata.is_file() => found.push((path, metadata.len())),
+            false => {}
+        }
+    }
+    Ok(found)
+}
+
 /// The bytes of all files below `directory`.
 ///
 /// # Errors
 /// When a directory cannot be read.
 pub fn tree_len(directory: &Path) -> Result<u64> {
-    // `files` skips what lies in the root only, so the root's own children are asked one by one.
-    let mut len = 0;
-    for entry in fs::read_dir(directory).map_err(|e| cannot("list", directory, e))? {
-        let path = entry.map_err(|e| cannot("list", directory, e))?.path();
-        len += match path.is_dir() {
-            true => files(&path)?.iter().map(|(_, len)| len).sum::<u64>(),
-            false => fs::metadata(&path).map_err(|e| cannot("look at", &path, e))?.len(),
-        };
-    }
-    Ok(len)
+    Ok(all_files(directory)?.iter().map(|(_, len)| len).sum())
 }
 
 /// The bytes of the files below `directory` that have no other name: what a copy by hard links left out does not count.
@@ -81,16 +93,27 @@ pub fn own_len(directory: &Path) -> Result<u64> {
 /// # Errors
 /// When a file cannot be read.
 pub fn run(data_dir: &Path, jobs: u32) -> Result<()> {
-    let files = files(data_dir)?;
+    in_slices(&files(data_dir)?, jobs, || |_: &Path, _, _: &[u8]| Ok(()))
+}
+
+/// Reads these files in slices by `jobs` threads; each hands what it read, with its place, to a worker of its own that `make`
+/// makes.
+///
+/// # Errors
+/// When a file cannot be read; those of the workers.
+pub fn in_slices<W>(files: &[(PathBuf, u64)], jobs: u32, make: impl Fn() -> W + Sync) -> Result<()>
+where
+    W: FnMut(&Path, u64, &[u8]) -> Result<()>,
+{
     let slices: Vec<(&Path, u64)> = files
         .iter()
         .flat_map(|(path, len)| (0..*len).step_by(SLICE_LEN as usize).map(|at| (path.as_path(), at)))
         .collect();
     let next = AtomicUsize::new(0);
     let work = || {
-        let mut window = vec![0; WINDOW_LEN];
+        let (mut window, mut worker) = (vec![0; WINDOW_LEN], make());
         while let Some((path, from)) = slices.get(next.fetch_add(1, Ordering::Relaxed)) {
-            read_slice(path, *from, &mut window)?;
+            read_slice(path, *from, &mut window, &mut worker)?;
         }
         Ok(())
     };
@@ -102,13 +125,21 @@ pub fn run(data_dir: &Path, jobs: u32) -> Result<()> {
     })
 }
 
-fn read_slice(path: &Path, from: u64, window: &mut [u8]) -> Result<()> {
+fn read_slice(
+    path: &Path,
+    from: u64,
+    window: &mut [u8],
+    worker: &mut impl FnMut(&Path, u64, &[u8]) -> Result<()>,
+) -> Result<()> {
     let file = File::open(path).map_err(|e| cannot("open", path, e))?;
     let mut at = from;
     while at < from + SLICE_LEN {
         match file.read_at(window, at).map_err(|e| cannot("read", path, e))? {
             0 => break,
-            len => at += len as u64,
+            len => {
+                worker(path, at, &window[..len])?;
+                at += len as u64;
+            }
         }
     }
     Ok(())

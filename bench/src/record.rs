@@ -7,7 +7,7 @@ use testdata::{Error, Result};
 
 use crate::machine;
 use crate::measure::Usage;
-use crate::report::{Notes, Sample, Step};
+use crate::report::{Facts, Notes, Sample, Step};
 use crate::scratch::{Scratch, say};
 
 /// Rounds for each run at most, if others disturb.
@@ -79,6 +79,7 @@ impl Recorder {
             bytes_read: printed["bytes_read"].as_u64(),
             blocks_changed: None,
             load,
+            facts: Facts::default(),
         });
         let sample = self.samples.last_mut().ok_or_else(|| Error::new("no sample"))?;
         Ok(Measured { printed, sample })

@@ -43,6 +43,11 @@ impl Step {
     pub const fn beside(name: &'static str, peers: &'static [Step]) -> Self {
         Self { name, peers }
     }
+
+    /// A step whose name is put together as the workload goes; there are some dozens of them, which stay until the program ends.
+    pub fn named(name: String, peers: Vec<Step>) -> Self {
+        Self { name: name.leak(), peers: peers.leak() }
+    }
 }
 
 impl PartialEq for Step {
@@ -70,6 +75,50 @@ pub struct Sample {
     pub blocks_changed: Option<u64>,
     /// The machine's load of the minute before.
     pub load: String,
+    /// What a chart sorts it by.
+    pub facts: Facts,
+}
+
+/// What a chart sorts samples by; what is empty or `None` is not known, or says nothing about the command.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Facts {
+    /// Whose command it was: `pgstrata`, `pg_basebackup`, `pgbackrest`, ..., or `limit` for what bounds all of them.
+    pub tool: String,
+    /// What it did, the same word for all tools: `full`, `incremental`, `restore-full`, `restore-last`, `merge`, `verify`, `read`,
+    /// `compress`, `copy`, `write`, `tps`.
+    pub action: String,
+    /// In which way, where the tool has several: `scan`, `wal`, `tar`.
+    pub way: String,
+    /// `warm` or `cold`.
+    pub cache: String,
+    /// `pgbench`, `mixed` or `synthetic`.
+    pub cluster: String,
+    /// How the cluster was changed before: `uniform`, `zipf`, `append`, `hot`, `vacuum`.
+    pub churn: String,
+    /// How much of it, in percent of its blocks, was asked to change.
+    pub share_changed: Option<f64>,
+    /// How many incrementals lie between the full backup and this one, in a history of nights.
+    pub night: Option<u32>,
+    /// Its workers.
+    pub jobs: Option<u32>,
+    /// All bytes of the tool's repository afterwards.
+    pub stored_bytes: Option<u64>,
+    /// Transactions a second of the load that ran beside it.
+    pub tps: Option<f64>,
+}
+
+impl Facts {
+    const COLUMNS: &str = "tool,action,way,cache,cluster,churn,share_changed,night,jobs,stored_bytes,tps";
+
+    fn fields(&self) -> String {
+        fn shown<T: ToString>(value: Option<T>) -> String {
+            value.map_or_else(String::new, |value| value.to_string())
+        }
+        let Self { tool, action, way, cache, cluster, churn, share_changed, night, jobs, stored_bytes, tps } = self;
+        let (share, night, jobs) = (shown(*share_changed), shown(*night), shown(*jobs));
+        let (stored, tps) = (shown(*stored_bytes), shown(*tps));
+        format!("{tool},{action},{way},{cache},{cluster},{churn},{share},{night},{jobs},{stored},{tps}")
+    }
 }
 
 impl Sample {
@@ -184,17 +233,24 @@ fn make_directory(name: &str) -> Result<PathBuf> {
 
 fn csv(samples: &[Sample]) -> String {
     let mut text = "step,round,wall_s,user_s,sys_s,server_cpu_s,others,peak_rss_bytes,cluster_bytes,bytes_written,\
-                    blocks_changed,load_1min,bytes_read\n"
+                    blocks_changed,load_1min,bytes_read,proc_read_bytes,proc_disk_read_bytes,"
         .to_owned();
-    for Sample { step, round, usage, cluster_bytes, bytes_written, bytes_read, blocks_changed, load } in samples {
+    text += &format!("{}\n", Facts::COLUMNS);
+    for Sample { step, round, usage, cluster_bytes, bytes_written, bytes_read, blocks_changed, load, facts } in samples
+    {
         let [wall, user, sys, server] =
             [usage.wall, usage.user, usage.sys, usage.server].map(|time| time.as_secs_f64());
         let [changed, read] =
             [blocks_changed, bytes_read].map(|count| count.map_or_else(String::new, |n| n.to_string()));
         let _ = writeln!(
             text,
-            "\"{}\",{round},{wall:.6},{user:.6},{sys:.6},{server:.2},{:.3},{},{cluster_bytes},{bytes_written},{changed},{load},{read}",
-            step.name, usage.others, usage.peak_rss
+            "\"{}\",{round},{wall:.6},{user:.6},{sys:.6},{server:.2},{:.3},{},{cluster_bytes},{bytes_written},{changed},{load},{read},{},{},{}",
+            step.name,
+            usage.others,
+            usage.peak_rss,
+            usage.read,
+            usage.disk_read,
+            facts.fields()
         );
     }
     text
@@ -340,6 +396,7 @@ mod tests {
             bytes_read: Some(8),
             blocks_changed,
             load: "0.1".to_owned(),
+            facts: Facts { tool: "pgstrata".to_owned(), share_changed: Some(0.1), ..Facts::default() },
         }
     }
 
@@ -385,8 +442,9 @@ mod tests {
     #[test]
     fn every_sample_is_a_line() {
         let text = csv(&[sample(CHANGED, 3, 4)]);
-        let line = "\"pgstrata incremental, 1 % changed\",3,4.000000,0.000000,0.000000,0.00,0.000,0,8192000,5,10,0.1,8";
+        let line = "\"pgstrata incremental, 1 % changed\",3,4.000000,0.000000,0.000000,0.00,0.000,0,8192000,5,10,0.1,8,0,0,\
+                    pgstrata,,,,,,0.1,,,,";
         assert_eq!(text.lines().nth(1), Some(line));
-        assert_eq!(text.lines().next().unwrap().split(',').count(), 13);
+        assert_eq!(text.lines().next().unwrap().split(',').count(), 26);
     }
 }

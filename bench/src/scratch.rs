@@ -25,6 +25,14 @@ const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 const QUIET: f64 = 0.1;
 const QUIET_PERIOD: Duration = Duration::from_secs(2);
 
+/// What the kernel's caches hold when a command starts.
+pub enum Start {
+    /// Nothing.
+    Cold,
+    /// These directories.
+    Warm(Vec<PathBuf>),
+}
+
 /// The scratch directory.
 pub struct Scratch {
     user: ServerUser,
@@ -88,6 +96,11 @@ impl Scratch {
         self.user.command(program)
     }
 
+    /// A program by its path, as the server's user.
+    pub fn program_at(&self, program: &Path) -> Command {
+        self.user.command(program)
+    }
+
     /// This program, whatever directory it is in: the server's user may not be allowed to enter that.
     pub fn this_program(&self) -> Command {
         self.program("/proc/self/exe")
@@ -99,13 +112,25 @@ impl Scratch {
     /// # Errors
     /// When it fails, or we were asked to end.
     pub fn measure(&self, command: &mut Command, server_pid: Option<u32>) -> Result<Usage> {
+        let start = match self.cold {
+            true => Start::Cold,
+            false => Start::Warm(self.warm.iter().map(|name| self.path(name)).collect()),
+        };
+        self.measure_from(command, server_pid, &start)
+    }
+
+    /// As [`Scratch::measure`], with caches as `start` says.
+    ///
+    /// # Errors
+    /// When it fails, or we were asked to end.
+    pub fn measure_from(&self, command: &mut Command, server_pid: Option<u32>, start: &Start) -> Result<Usage> {
         self.go_on()?;
         rustix::fs::syncfs(&self.handle).map_err(|e| cannot("sync", self.work(), e))?;
         self.wait_for_quiet()?;
-        match self.cold {
-            true => fs::write(DROP_CACHES, "1").map_err(|e| cannot("write", DROP_CACHES.as_ref(), e))?,
+        match start {
+            Start::Cold => fs::write(DROP_CACHES, "1").map_err(|e| cannot("write", DROP_CACHES.as_ref(), e))?,
             // Even a machine with enough memory may have dropped what it thought cold.
-            false => self.warm.iter().try_for_each(|name| self.read_once(name))?,
+            Start::Warm(directories) => directories.iter().try_for_each(|path| read_once(path))?,
         }
         self.measure_at_once(command, server_pid)
     }
@@ -120,13 +145,10 @@ impl Scratch {
         self.go_on().and(usage)
     }
 
-    fn go_on(&self) -> Result<()> {
+    /// # Errors
+    /// When we were asked to end.
+    pub fn go_on(&self) -> Result<()> {
         if self.interrupted.load(Ordering::Relaxed) { Err(Error::new("interrupted")) } else { Ok(()) }
-    }
-
-    fn read_once(&self, name: &str) -> Result<()> {
-        let path = self.path(name);
-        if path.is_dir() { crate::read::run(&path, 1) } else { Ok(()) }
     }
 
     fn wait_for_quiet(&self) -> Result<()> {
@@ -169,6 +191,10 @@ impl Scratch {
         });
         std::iter::once(program.into_owned()).chain(words).collect::<Vec<_>>().join(" ")
     }
+}
+
+fn read_once(path: &Path) -> Result<()> {
+    if path.is_dir() { crate::read::run(path, 1) } else { Ok(()) }
 }
 
 /// Progress, for whoever waits.

@@ -13,7 +13,7 @@ use testdata::servers::{Cache, Installation};
 
 use crate::measure::Usage;
 use crate::read;
-use crate::scratch::{Scratch, say};
+use crate::scratch::{Scratch, Start, say};
 
 /// The server's settings. Durability of a throwaway cluster is not what is measured; no checkpoint or vacuum may come
 /// between two runs by itself.
@@ -61,14 +61,22 @@ impl Stage {
         Ok(stage)
     }
 
-    fn load(&self, scale: u32) -> Result<()> {
-        say(&format!("pgbench -i -s {scale} on PostgreSQL {}", self.cluster.server().version));
-        succeed(self.cluster.tool("pgbench")?.args(["-i", "-q", "-s", &scale.to_string()]))?;
-        // Otherwise whoever reads a page first would change it: hint bits.
+    /// Freezes everything, so that nobody who reads a page changes it, and says what there is.
+    ///
+    /// # Errors
+    /// PostgreSQL's.
+    pub fn settle(&self) -> Result<()> {
         self.cluster.sql_each("postgres", &["VACUUM (FREEZE, ANALYZE)", "CHECKPOINT"])?;
         let (bytes, count) = (self.bytes()?, read::files(self.data_dir())?.len());
         say(&format!("the cluster has {:.0} MB in {count} files", bytes as f64 / MB));
         Ok(())
+    }
+
+    fn load(&self, scale: u32) -> Result<()> {
+        say(&format!("pgbench -i -s {scale} on PostgreSQL {}", self.cluster.server().version));
+        succeed(self.cluster.tool("pgbench")?.args(["-i", "-q", "-s", &scale.to_string()]))?;
+        // Otherwise whoever reads a page first would change it: hint bits.
+        self.settle()
     }
 
     /// The running cluster.
@@ -114,6 +122,15 @@ impl Stage {
     pub fn measure(&self, command: &mut Command) -> Result<Usage> {
         self.cluster.sql("postgres", "CHECKPOINT")?;
         self.scratch.measure(command, self.cluster.pid())
+    }
+
+    /// Runs one command as [`Scratch::measure_from`] does, with a checkpoint behind it.
+    ///
+    /// # Errors
+    /// When it fails, or we were asked to end.
+    pub fn measure_from(&self, command: &mut Command, start: &Start) -> Result<Usage> {
+        self.cluster.sql("postgres", "CHECKPOINT")?;
+        self.scratch.measure_from(command, self.cluster.pid(), start)
     }
 
     /// Stops the server and removes everything, unless it is to be kept; says where it is then.

@@ -51,12 +51,38 @@ fn changed_cluster(dir: &Path, options: Options) -> SyntheticCluster {
 }
 
 #[test]
+fn many_relations_in_tablespaces_have_the_pages_that_were_asked_for() {
+    let home = tempfile::tempdir().unwrap();
+    let mut options = Options::new(18, 9);
+    options.segment_blocks = 150;
+    let mut cluster = SyntheticCluster::create(&home.path().join("data"), options).unwrap();
+    cluster.add_database(5).unwrap();
+    let place = home.path().join("elsewhere");
+    cluster.add_tablespace(70_000, &place, 5).unwrap();
+    cluster.add_relations(5, &[0, 1, 4, 5, 400], &[70_000]).unwrap();
+    let before = contents(home.path());
+    let name = |number| format!("elsewhere/PG_18_202506291/5/{number}");
+    let blocks = |name: &str| before.get(Path::new(name)).map(|bytes| bytes.len() / 8192);
+    assert_eq!([blocks("data/base/5/16384"), blocks(&name("16385"))], [Some(0), Some(1)]);
+    assert_eq!([blocks("data/base/5/16386_fsm"), blocks(&name("16387_fsm"))], [None, Some(3)]);
+    let segments = ["", ".1", ".2", ".3"].map(|suffix| blocks(&format!("data/base/5/16388{suffix}")));
+    assert_eq!(segments, [Some(150), Some(150), Some(100), None]);
+    cluster.rewrite(4, &[3, 399]).unwrap();
+    let after = contents(home.path());
+    let changed = |name: &&str| before[Path::new(name)] != after[Path::new(name)];
+    let names = ["data/base/5/16388", "data/base/5/16388.1", "data/base/5/16388.2", "data/base/5/16386"];
+    assert_eq!(names.iter().map(changed).collect::<Vec<_>>(), [true, false, true, false]);
+}
+
+#[test]
 fn postgresqls_own_tools_accept_a_synthetic_cluster() {
     for major in [15, 18] {
         let Some(server) = installation(major) else { continue };
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("data");
-        changed_cluster(&dir, Options::new(major, 7));
+        let mut cluster = changed_cluster(&dir, Options::new(major, 7));
+        cluster.add_tablespace(70_000, &home.path().join("elsewhere"), 5).unwrap();
+        cluster.add_relations(5, &[0, 3, 40], &[70_000]).unwrap();
         let tool = |name: &str| match server.has(name) {
             true => Some(Command::new(server.bin_dir.join(name))),
             false => {

@@ -11,7 +11,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 mod control;
 pub mod page;
@@ -29,6 +29,10 @@ pub const SEGMENT_BLOCKS: u32 = 131_072;
 const FIRST_RELATION: u32 = 16_384;
 /// The block count written at once.
 const RUN_BLOCKS: u32 = 128;
+/// A relation of so many blocks has no free space map.
+///
+/// PostgreSQL: `src/include/storage/freespace.h`, `HEAP_FSM_CREATION_THRESHOLD`.
+const MAPLESS_BLOCKS: u32 = 4;
 /// The heap blocks that one page of a visibility map is about.
 const HEAP_BLOCKS_PER_MAP_PAGE: u32 = 32_672;
 
@@ -76,6 +80,8 @@ pub struct Relation {
     pub database: u32,
     /// The relation's number, as in its file's name.
     pub number: u32,
+    /// The tablespace that it is in, if that is not the default one.
+    pub tablespace: Option<u32>,
     /// The length of its main fork.
     pub blocks: u32,
 }
@@ -261,11 +267,82 @@ impl SyntheticCluster {
     ///
     /// When a file cannot be written.
     pub fn add_relation(&mut self, database: u32, blocks: u32) -> Result<usize> {
-        self.relations.push(Relation { database, number: self.next_number, blocks: 0 });
-        self.next_number += 1;
-        let index = self.relations.len() - 1;
+        let index = self.name_relation(database, None);
         self.append(index, blocks)?;
         Ok(index)
+    }
+
+    fn name_relation(&mut self, database: u32, tablespace: Option<u32>) -> usize {
+        self.relations.push(Relation { database, number: self.next_number, tablespace, blocks: 0 });
+        self.next_number += 1;
+        self.relations.len() - 1
+    }
+
+    /// Makes tablespace `number` in the new directory `place`, with a directory for `database`.
+    ///
+    /// # Errors
+    ///
+    /// When it exists.
+    pub fn add_tablespace(&mut self, number: u32, place: &Path, database: u32) -> Result<()> {
+        let private = || fs::Permissions::from_mode(0o700);
+        let version = place.join(self.version_dir());
+        for path in [place, &version, &version.join(database.to_string())] {
+            fs::create_dir(path)
+                .and_then(|()| fs::set_permissions(path, private()))
+                .map_err(|e| Error::io("make", path, e))?;
+        }
+        let link = self.dir.join(format!("pg_tblspc/{number}"));
+        std::os::unix::fs::symlink(place, &link).map_err(|e| Error::io("make", &link, e))
+    }
+
+    /// The directory of a tablespace that is this cluster's.
+    fn version_dir(&self) -> String {
+        format!("PG_{}_{}", self.options.major, self.layout.catalog_version)
+    }
+
+    /// Makes many relations at once, written by all processors: of so many blocks each, one after the other in the
+    /// default tablespace and in each of `tablespaces`. As in PostgreSQL, those of up to four blocks have no maps.
+    ///
+    /// # Errors
+    ///
+    /// When a file cannot be written.
+    pub fn add_relations(&mut self, database: u32, blocks: &[u32], tablespaces: &[u32]) -> Result<()> {
+        self.version += 1;
+        let first = self.relations.len();
+        let places = || std::iter::once(None).chain(tablespaces.iter().copied().map(Some)).cycle();
+        for (&blocks, tablespace) in blocks.iter().zip(places()) {
+            let index = self.name_relation(database, tablespace);
+            self.relations[index].blocks = blocks;
+        }
+        let new = &self.relations[first..];
+        let pieces = |(at, relation): (usize, &Relation)| {
+            (0..relation.blocks.max(1)).step_by(RUN_BLOCKS as usize).map(move |from| (at, from))
+        };
+        let runs: Vec<(usize, u32)> = new.iter().enumerate().flat_map(pieces).collect();
+        by_all_processors(&runs, |&(at, from)| self.write_new(&new[at], from))
+    }
+
+    /// Writes the run of blocks at `from` of a relation that is new, and with its first one its maps.
+    fn write_new(&self, relation: &Relation, from: u32) -> Result<()> {
+        if relation.blocks == 0 {
+            return open_private(&self.path(relation, "", 0)).map(drop);
+        }
+        if from == 0 && relation.blocks > MAPLESS_BLOCKS {
+            self.write_maps(relation)?;
+        }
+        self.write_run(relation, from, from.saturating_add(RUN_BLOCKS).min(relation.blocks))
+    }
+
+    /// Rewrites these blocks of relation `index`, and its maps if it has any.
+    ///
+    /// # Errors
+    ///
+    /// When a file cannot be written.
+    pub fn rewrite(&mut self, index: usize, blocks: &[u32]) -> Result<()> {
+        self.version += 1;
+        let relation = &self.relations[index];
+        by_all_processors(blocks, |&block| self.write_run(relation, block, block + 1))?;
+        if relation.blocks > MAPLESS_BLOCKS { self.write_maps(relation) } else { Ok(()) }
     }
 
     /// Rewrites `count` blocks of relation `index`, chosen by `choice`, and returns them in ascending order.
@@ -388,7 +465,13 @@ impl SyntheticCluster {
 
     fn path(&self, relation: &Relation, fork: &str, segment: u32) -> PathBuf {
         let suffix = if segment == 0 { String::new() } else { format!(".{segment}") };
-        self.dir.join(format!("base/{}/{}{fork}{suffix}", relation.database, relation.number))
+        let Relation { database, number, tablespace, .. } = relation;
+        self.dir.join(match tablespace {
+            None => format!("base/{database}/{number}{fork}{suffix}"),
+            Some(tablespace) => {
+                format!("pg_tblspc/{tablespace}/{}/{database}/{number}{fork}{suffix}", self.version_dir())
+            }
+        })
     }
 
     /// Makes the main fork of relation `index` exactly `blocks` long; what is new reads as zeros.
@@ -449,6 +532,24 @@ impl SyntheticCluster {
         let next = control::checkpoint_lsn(&self.options, self.wal_segment + 1);
         next - u64::from(self.options.wal_segment_len) / 2
     }
+}
+
+/// Does `work` on each of `items`, each on any thread.
+fn by_all_processors<T: Sync>(items: &[T], work: impl Fn(&T) -> Result<()> + Sync) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let take = || -> Result<()> {
+        while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+            work(item)?;
+        }
+        Ok(())
+    };
+    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(items.len() / 64 + 1);
+    std::thread::scope(|scope| {
+        let handles: Vec<_> = (0..workers).map(|_| scope.spawn(take)).collect();
+        handles.into_iter().try_for_each(|handle| {
+            handle.join().unwrap_or_else(|_| Err(Error::new("a writer of synthetic pages panicked")))
+        })
+    })
 }
 
 /// Opens `path` to write, and makes it with mode 0600 if it is not there.

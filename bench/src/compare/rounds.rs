@@ -1,0 +1,402 @@
+//! What runs when, and in what order; see the [workload](super).
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use testdata::{Error, Result};
+
+use super::churn::Churn;
+use super::site::Site;
+use super::tools::{self, Action, Set, Tool};
+use super::{CompareArgs, proof};
+use crate::measure::Usage;
+use crate::read;
+use crate::record::Recorder;
+use crate::report::{Facts, Step};
+use crate::scratch::{Start, say};
+
+/// How much of a line of a peer's complaint is repeated.
+const COMPLAINT_LEN: usize = 240;
+
+/// A tool, and why it does not take part any longer, if so.
+struct Player {
+    tool: Box<dyn Tool>,
+    out: bool,
+    /// The ways that failed.
+    refused: Vec<&'static str>,
+}
+
+/// What an incremental is of.
+#[derive(Clone, Copy)]
+struct Change {
+    churn: Churn,
+    share: f64,
+}
+
+/// What a command is, besides whose.
+#[derive(Clone, Copy)]
+struct Moment {
+    action: Action,
+    cold: bool,
+    change: Option<Change>,
+    night: Option<u32>,
+}
+
+/// The rounds and the history.
+pub struct Rounds<'a> {
+    args: &'a CompareArgs,
+    site: &'a Site,
+    rounds: Vec<Player>,
+    nights: Vec<Player>,
+    /// How often the cluster was changed.
+    turn: u64,
+    found: Vec<String>,
+}
+
+impl<'a> Rounds<'a> {
+    /// With the tools that there are.
+    pub fn new(args: &'a CompareArgs, site: &'a Site) -> Self {
+        let tools = tools::find(&args.tools, site, Set::Rounds);
+        tools.left_out.iter().for_each(|why| say(why));
+        Self { args, site, rounds: players(tools.found), nights: Vec::new(), turn: 0, found: tools.left_out }
+    }
+
+    /// Takes a full backup and one each night, by every tool that has incrementals. They are measured as they come.
+    ///
+    /// # Errors
+    /// When pgstrata fails.
+    pub fn pass_nights(&mut self, recorder: &mut Recorder) -> Result<()> {
+        if self.args.nights == 0 {
+            return Ok(());
+        }
+        self.nights = players(tools::find(&self.args.tools, self.site, Set::Nights).found);
+        self.nights.retain(|player| !player.tool.ways(Action::Incremental).is_empty());
+        recorder.round = 1;
+        let moment = Moment { action: Action::Full, cold: false, change: None, night: Some(0) };
+        self.each(recorder, Set::Nights, moment)?;
+        for night in 1..=self.args.nights {
+            say(&format!("night {night}"));
+            recorder.round = night;
+            let change = Change { churn: self.args.churn[0], share: self.args.nightly_change };
+            self.change(change)?;
+            let change = Some(change);
+            self.each(
+                recorder,
+                Set::Nights,
+                Moment { action: Action::Incremental, cold: false, change, night: Some(night) },
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Plays a round.
+    ///
+    /// # Errors
+    /// When pgstrata fails, or what was restored is wrong.
+    pub fn play(&mut self, recorder: &mut Recorder, cold: bool) -> Result<()> {
+        let moment = |action| Moment { action, cold, change: None, night: None };
+        self.site.tidy()?;
+        self.read_limits(recorder, cold)?;
+        self.each(recorder, Set::Rounds, moment(Action::Full))?;
+        self.restores(recorder, Set::Rounds, moment(Action::RestoreFull))?;
+        let mut count = 0;
+        for change in self.changes() {
+            self.change(change)?;
+            count += 1;
+            let change = Some(change);
+            self.each(recorder, Set::Rounds, Moment { change, ..moment(Action::Incremental) })?;
+        }
+        let (set, night) = if self.nights.is_empty() { (Set::Rounds, count) } else { (Set::Nights, self.args.nights) };
+        if night > 0 {
+            self.restores(recorder, set, Moment { night: Some(night), ..moment(Action::RestoreLast) })?;
+            self.each(recorder, set, Moment { night: Some(night), ..moment(Action::Merge) })?;
+        }
+        self.each(recorder, set, moment(Action::Verify))?;
+        self.site.scratch().clear("restored")
+    }
+
+    /// Nothing changed, once; then each share of each model.
+    fn changes(&self) -> Vec<Change> {
+        let models = &self.args.churn;
+        let none = self.args.change.iter().filter(|share| **share == 0.0).take(1);
+        let none = none.map(|&share| Change { churn: models[0], share });
+        let shares = || self.args.change.iter().copied().filter(|share| *share > 0.0);
+        let some = models.iter().flat_map(|&churn| shares().map(move |share| Change { churn, share }));
+        none.chain(some).collect()
+    }
+
+    fn change(&mut self, change: Change) -> Result<()> {
+        self.turn += 1;
+        self.site.scratch().go_on()?;
+        self.site.change(change.churn, change.share, self.turn)
+    }
+
+    fn players(&mut self, set: Set) -> &mut Vec<Player> {
+        match set {
+            Set::Rounds => &mut self.rounds,
+            Set::Nights => &mut self.nights,
+        }
+    }
+
+    /// Each tool does it, in each of its ways.
+    fn each(&mut self, recorder: &mut Recorder, set: Set, moment: Moment) -> Result<()> {
+        for at in 0..self.players(set).len() {
+            self.one(recorder, set, at, moment)?;
+        }
+        Ok(())
+    }
+
+    fn one(&mut self, recorder: &mut Recorder, set: Set, at: usize, moment: Moment) -> Result<()> {
+        let site = self.site;
+        let player = &mut self.players(set)[at];
+        if moment.action == Action::Full
+            && !player.out
+            && let Err(error) = player.tool.prepare(site)
+        {
+            self.leave_out(set, at, moment, "", error)?;
+        }
+        for way in self.players(set)[at].tool.ways(moment.action) {
+            let player = &self.players(set)[at];
+            if player.out || player.refused.contains(&way) {
+                continue;
+            }
+            if let Err(error) = self.measure(recorder, set, at, moment, way) {
+                self.site.scratch().go_on()?;
+                self.leave_out(set, at, moment, way, error)?;
+            }
+        }
+        if matches!(moment.action, Action::Full | Action::Incremental) {
+            self.players(set)[at].tool.settle();
+        }
+        Ok(())
+    }
+
+    /// A peer that fails is out; a way of pgstrata's that refuses is, too. Anything else is our own failure.
+    fn leave_out(&mut self, set: Set, at: usize, moment: Moment, way: &'static str, error: Error) -> Result<()> {
+        let player = &mut self.players(set)[at];
+        let ours = player.tool.name() == "pgstrata";
+        if ours && (way.is_empty() || ["auto", "scan"].contains(&way)) {
+            return Err(error);
+        }
+        if way.is_empty() {
+            player.out = true
+        } else {
+            player.refused.push(way)
+        }
+        let what = [player.tool.name(), moment.action.name(), way].join(" ");
+        let why = format!("{} is left out from here on: {}", what.trim_end(), short(&error.to_string()));
+        say(&why);
+        self.found.push(why);
+        Ok(())
+    }
+
+    fn measure(
+        &mut self,
+        recorder: &mut Recorder,
+        set: Set,
+        at: usize,
+        moment: Moment,
+        way: &'static str,
+    ) -> Result<()> {
+        let site = self.site;
+        let target = site.scratch().path("restored").join("data");
+        let player = &mut self.players(set)[at];
+        let tool = &mut player.tool;
+        if moment.action.restores() {
+            make_room(site)?;
+        }
+        let command = tool.command(site, moment.action, way, &target)?;
+        let repo = tool.repo().to_owned();
+        let mut warm = vec![repo.clone()];
+        if matches!(moment.action, Action::Full | Action::Incremental) {
+            warm = site.directories();
+            warm.push(repo.clone());
+        }
+        let before = read::tree_len(&repo)?;
+        let name = tool.name();
+        let step = self.step(set, name, moment, way);
+        let start = if moment.cold { Start::Cold } else { Start::Warm(warm) };
+        let written = || match moment.action.restores() {
+            true => read::tree_len(&target),
+            false => Ok(read::tree_len(&repo)?.saturating_sub(before)),
+        };
+        let facts = self.facts(name, moment, way);
+        let run = |command: &mut Command| site.measure(command, &start);
+        let done = recorder.measure(step, site.scratch(), site.bytes()?, command, run, written)?;
+        done.sample.facts = Facts { stored_bytes: Some(read::tree_len(&repo)?), ..facts };
+        done.sample.blocks_changed = done.printed["blocks_changed"].as_u64();
+        let printed = done.printed;
+        self.players(set)[at].tool.done(moment.action, way, &printed)
+    }
+
+    fn facts(&self, tool: &str, moment: Moment, way: &str) -> Facts {
+        Facts {
+            tool: tool.to_owned(),
+            action: moment.action.name().to_owned(),
+            way: way.to_owned(),
+            churn: moment.change.map_or_else(String::new, |change| change.churn.name().to_owned()),
+            share_changed: moment.change.map(|change| change.share),
+            night: moment.night,
+            jobs: Some(self.args.tools.jobs),
+            ..self.facts_of(moment.cold)
+        }
+    }
+
+    fn facts_of(&self, cold: bool) -> Facts {
+        let cache = if cold { "cold" } else { "warm" };
+        Facts { cache: cache.to_owned(), cluster: self.site.kind().name().to_owned(), ..Facts::default() }
+    }
+
+    fn step(&self, set: Set, tool: &str, moment: Moment, way: &str) -> Step {
+        let mut name = format!("{tool} {}", moment.action.label());
+        match (set, moment.change, moment.night) {
+            (Set::Nights, _, Some(_)) if !moment.action.restores() && moment.action != Action::Merge => {
+                name += ", nightly"
+            }
+            (_, Some(Change { share: 0.0, .. }), _) => name += ", unchanged",
+            (_, Some(Change { churn, share }), _) => name += &format!(", {share} % {}", churn.name()),
+            (_, None, Some(night)) => name += &format!(", {night} nights"),
+            _ => {}
+        }
+        for part in [way, if moment.cold { "cold" } else { "" }] {
+            if !part.is_empty() {
+                name += &format!(", {part}");
+            }
+        }
+        Step::named(name, Vec::new())
+    }
+
+    /// Each tool restores; then, in the first round, what it restored is proved.
+    fn restores(&mut self, recorder: &mut Recorder, set: Set, moment: Moment) -> Result<()> {
+        for at in 0..self.players(set).len() {
+            let samples = recorder.samples.len();
+            self.one(recorder, set, at, moment)?;
+            if recorder.samples.len() == samples {
+                continue;
+            }
+            if self.players(set)[at].tool.name() == "pgstrata" && moment.action == Action::RestoreFull {
+                self.write_limits(recorder, moment.cold)?;
+            }
+            if recorder.round == 1 {
+                self.prove(set, at, moment)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn prove(&mut self, set: Set, at: usize, moment: Moment) -> Result<()> {
+        // What a history ends with is what the cluster was before the rounds changed it.
+        let whole = moment.action == Action::RestoreLast && set == Set::Rounds;
+        let tool = &self.players(set)[at].tool;
+        let (name, archive) = (tool.name(), tool.needs_archive());
+        let proved = proof::prove(self.site, archive, whole || self.site.server().is_none() && set == Set::Rounds);
+        let what = format!("{name}, {}", moment.action.label());
+        match proved {
+            Ok(fact) => {
+                say(&format!("  {what}: {fact}"));
+                self.found.push(format!("{what}: {fact}"));
+                Ok(())
+            }
+            Err(error) if name == "pgstrata" => Err(error),
+            Err(error) => self.leave_out(set, at, moment, "", error),
+        }
+    }
+
+    /// What bounds every backup.
+    fn read_limits(&mut self, recorder: &mut Recorder, cold: bool) -> Result<()> {
+        let (scratch, jobs) = (self.site.scratch(), self.args.tools.jobs.to_string());
+        let mut read = scratch.this_program();
+        read.args(["read", "--jobs", &jobs]).arg(self.site.data_dir());
+        self.limit(recorder, "read", cold, read, self.site.directories(), None)?;
+        let mut compress = scratch.this_program();
+        compress.args(["limit", "--jobs", &jobs, "compress"]).arg(self.site.data_dir());
+        self.limit(recorder, "compress", cold, compress, self.site.directories(), None)
+    }
+
+    /// What bounds every restore, with the bytes of one.
+    fn write_limits(&mut self, recorder: &mut Recorder, cold: bool) -> Result<()> {
+        let (scratch, jobs) = (self.site.scratch(), self.args.tools.jobs.to_string());
+        let (restored, copy) = (scratch.path("restored"), scratch.path("copy"));
+        let mut write = scratch.this_program();
+        write.args(["limit", "--jobs", &jobs, "write"]).arg(restored.join("data")).arg(&copy);
+        self.limit(recorder, "write", cold, write, vec![restored.clone()], Some(copy.clone()))?;
+        let mut cp = scratch.program("sh");
+        cp.args(["-c", "cp -a --reflink=never \"$1\" \"$2\" && sync -f \"$2\"", "sh"]).arg(&restored).arg(&copy);
+        self.limit(recorder, "copy", cold, cp, vec![restored], Some(copy))
+    }
+
+    fn limit(
+        &mut self,
+        recorder: &mut Recorder,
+        action: &str,
+        cold: bool,
+        command: Command,
+        warm: Vec<PathBuf>,
+        made: Option<PathBuf>,
+    ) -> Result<()> {
+        let names = [
+            ("read", "limit: parallel read"),
+            ("compress", "limit: checksum, BLAKE3, zstd 1 of all"),
+            ("write", "limit: parallel write and sync"),
+            ("copy", "limit: cp -a and sync"),
+        ];
+        let name = names.iter().find(|(of, _)| *of == action).map_or(action, |(_, name)| name);
+        let step = Step::named(format!("{name}{}", if cold { ", cold" } else { "" }), Vec::new());
+        let start = if cold { Start::Cold } else { Start::Warm(warm) };
+        let site = self.site;
+        let run = |command: &mut Command| -> Result<Usage> { site.measure(command, &start) };
+        let written = || made.as_deref().map_or(Ok(0), copied_len);
+        let done = recorder.measure(step, site.scratch(), site.bytes()?, command, run, written)?;
+        let (tool, jobs) = ("limit".to_owned(), Some(self.args.tools.jobs));
+        done.sample.facts = Facts { tool, action: action.to_owned(), jobs, ..self.facts_of(cold) };
+        if made.is_some() { site.scratch().clear("copy") } else { Ok(()) }
+    }
+
+    /// The tools' settings, a line each.
+    pub fn settings(&self) -> String {
+        self.rounds.iter().map(|player| format!("{}: {}\n", player.tool.name(), player.tool.settings())).collect()
+    }
+
+    /// Their versions, a line each.
+    pub fn versions(&self) -> String {
+        let peers = self.rounds.iter().filter(|player| !["pgstrata", "pg_basebackup"].contains(&player.tool.name()));
+        peers.map(|player| format!("{:<17} {}\n", player.tool.name(), player.tool.version())).collect()
+    }
+
+    /// What was found out besides, a line each.
+    pub fn found(&self) -> String {
+        self.found.iter().map(|line| format!("{line}\n")).collect()
+    }
+}
+
+fn players(tools: Vec<Box<dyn Tool>>) -> Vec<Player> {
+    tools.into_iter().map(|tool| Player { tool, out: false, refused: Vec::new() }).collect()
+}
+
+/// The bytes of a copy of a restored cluster; its tablespaces are found through its links.
+fn copied_len(copy: &Path) -> Result<u64> {
+    let data = copy.join("data");
+    read::tree_len(if data.exists() { &data } else { copy })
+}
+
+/// The beginning of a complaint and its last line, where there are many.
+fn short(complaint: &str) -> String {
+    let cut = |line: &str| line.chars().take(COMPLAINT_LEN).collect::<String>();
+    let lines: Vec<&str> = complaint.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    match lines.as_slice() {
+        [] => String::new(),
+        [only] => cut(only),
+        [first, .., last] => format!("{} ... {}", cut(first), cut(last)),
+    }
+}
+
+/// An empty place to restore into.
+fn make_room(site: &Site) -> Result<()> {
+    let scratch = site.scratch();
+    scratch.clear("restored")?;
+    let room = scratch.user().make_dir(scratch.work(), "restored")?;
+    if !site.tablespaces().is_empty() {
+        scratch.user().make_dir(&room, "tablespaces")?;
+    }
+    Ok(())
+}

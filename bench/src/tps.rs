@@ -1,0 +1,275 @@
+//! `tps`: what the server feels. pgbench runs against it for a fixed time, alone and with a tool at work beside it, in turns.
+//!
+//! A tool's full backups follow one another as long as pgbench runs; how many came to their end is counted. The server is as durable as
+//! one is out of the box (`fsync = on`), and pgbench, the server and the tool share the machine, as they do where a backup runs on the
+//! database host. What runs beside pgbench is meant to disturb it, so no sample counts as disturbed by others here.
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use clap::Args;
+use rustix::process::{Pid, Signal, kill_process_group};
+use testdata::{Error, Result};
+
+use crate::compare::site::{Kind, Site};
+use crate::compare::tools::{self, Action, Set, Tool};
+use crate::compare::{SiteArgs, ToolArgs};
+use crate::record::Recorder;
+use crate::report::{Facts, LEGEND, Run, Step};
+use crate::scratch::{Scratch, Start, say};
+use crate::{CommonArgs, cannot, machine};
+
+/// What a second pgstrata is held to.
+const MAX_RATE: &str = "50MB";
+const ALONE: &str = "pgbench alone";
+
+/// pgbench's transactions a second, alone and beside backups by pgstrata and its peers.
+#[derive(Args, Debug)]
+pub struct TpsArgs {
+    /// pgbench's scale: 100 is a cluster of about 1.6 GB.
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    scale: u32,
+
+    /// How long pgbench runs each time.
+    #[arg(long, value_name = "SECONDS", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    seconds: u32,
+
+    /// pgbench's clients.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    clients: u32,
+
+    /// How often it runs beside each.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+
+    /// The major version of PostgreSQL.
+    #[arg(long, value_name = "MAJOR", default_value_t = 15, value_parser = clap::value_parser!(u32).range(13..=18))]
+    major: u32,
+
+    #[command(flatten)]
+    tools: ToolArgs,
+
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+/// A tool whose full backups run beside pgbench.
+struct Beside {
+    tool: Box<dyn Tool>,
+    way: &'static str,
+    options: &'static [&'static str],
+    name: String,
+}
+
+/// Runs the workload and writes its results.
+///
+/// # Errors
+/// When pgbench fails.
+pub fn run(args: &TpsArgs) -> Result<()> {
+    let scratch = Scratch::set(&args.common, false, &[])?;
+    let synthetic = SiteArgs::default();
+    let site = SiteArgs { cluster: Kind::Pgbench, scale: args.scale, major: args.major, ..synthetic };
+    let site = Site::set(&site, scratch, &[])?;
+    let server = site.server().ok_or_else(|| Error::new("no server"))?;
+    server.sql_each("postgres", &["ALTER SYSTEM SET fsync = on", "SELECT pg_reload_conf()"])?;
+    let mut recorder = Recorder::default();
+    recorder.notes.load_before = machine::load_average();
+    let (mut besides, mut found) = besides(args, &site);
+    recorder.rounds(args.runs, false, |recorder| {
+        measure(args, &site, recorder, None)?;
+        besides.retain_mut(|beside| match measure(args, &site, recorder, Some(beside)) {
+            Ok(()) => true,
+            Err(error) => {
+                let why = format!("{} is left out from here on: {error}", beside.name);
+                say(&why);
+                found.push(why);
+                false
+            }
+        });
+        site.scratch().go_on()
+    })?;
+    recorder.notes.load_after = machine::load_average();
+    report(args, &site, &recorder, &found)?;
+    drop(besides);
+    site.close(args.common.keep)
+}
+
+/// Every tool that is here, pgstrata also with its rate held down; and why others are not.
+fn besides(args: &TpsArgs, site: &Site) -> (Vec<Beside>, Vec<String>) {
+    let tools::Tools { found, left_out } = tools::find(&args.tools, site, Set::Rounds);
+    let limited = tools::find(&args.tools, site, Set::Nights).found.into_iter().take(1);
+    let beside = |tool: Box<dyn Tool>, options: &'static [&'static str]| {
+        let way = tool.ways(Action::Full).pop().unwrap_or_default();
+        let words = [tool.name(), way].into_iter().chain(options.iter().copied());
+        let words: Vec<&str> = words.filter(|word| !word.is_empty()).collect();
+        let name = format!("pgbench beside {}", words.join(" "));
+        Beside { tool, way, options, name }
+    };
+    let mut all: Vec<Beside> = found.into_iter().map(|tool| beside(tool, &[])).collect();
+    let limited: Vec<Beside> = limited.map(|tool| beside(tool, &["--max-rate", MAX_RATE])).collect();
+    all.splice(1..1, limited);
+    (all, left_out)
+}
+
+fn measure(args: &TpsArgs, site: &Site, recorder: &mut Recorder, beside: Option<&mut Beside>) -> Result<()> {
+    let server = site.server().ok_or_else(|| Error::new("no server"))?;
+    let mut pgbench = server.tool("pgbench")?;
+    let (seconds, clients) = (args.seconds.to_string(), args.clients.to_string());
+    pgbench.args(["-n", "-T", &seconds, "-c", &clients, "-j", "2"]);
+    let name = beside.as_ref().map_or(ALONE, |beside| &beside.name).to_owned();
+    let (tool, way) = beside.as_ref().map_or(("none", ""), |beside| (beside.tool.name(), beside.way));
+    let way = if beside.as_ref().is_some_and(|beside| !beside.options.is_empty()) { "max-rate" } else { way };
+    let facts = Facts {
+        tool: tool.to_owned(),
+        action: "tps".to_owned(),
+        way: way.to_owned(),
+        cache: "warm".to_owned(),
+        cluster: "pgbench".to_owned(),
+        jobs: Some(args.tools.jobs),
+        ..Facts::default()
+    };
+    let loops = beside.map(|beside| Loop::start(site, beside)).transpose()?;
+    let mut tps = None;
+    let run = |command: &mut Command| {
+        let mut usage = site.measure(command, &Start::Warm(Vec::new()))?;
+        tps = tps_in(&usage.output);
+        // What runs beside it is what is measured.
+        usage.others = 0.0;
+        Ok(usage)
+    };
+    let done =
+        recorder
+            .measure(Step::named(name.clone(), Vec::new()), site.scratch(), site.bytes()?, pgbench, run, || Ok(0))?;
+    let count = loops.map(Loop::count).transpose()?;
+    let tps = tps.ok_or_else(|| Error::new("pgbench printed no tps"))?;
+    say(&format!(
+        "  {name}: {tps:.0} tps{}",
+        count.map_or_else(String::new, |count| format!(", {count} backups done"))
+    ));
+    done.sample.facts = Facts { tps: Some(tps), ..facts };
+    Ok(())
+}
+
+/// Full backups, one after the other, until this is dropped.
+struct Loop {
+    shell: Child,
+    log: PathBuf,
+}
+
+const SCRIPT: &str = "log=$1; old=$2; shift 2
+while :; do
+    if [ -n \"$old\" ]; then rm -rf \"$old\"; fi
+    \"$@\" > /dev/null 2>> \"$log.err\" || exit 1
+    echo done >> \"$log\"
+done";
+
+impl Loop {
+    fn start(site: &Site, beside: &mut Beside) -> Result<Self> {
+        let scratch = site.scratch();
+        beside.tool.prepare(site)?;
+        let command = beside.tool.command(site, Action::Full, beside.way, Path::new(""))?;
+        let log = scratch.user().make_dir(scratch.work(), "beside").map(|dir| dir.join("log"));
+        let log = log.unwrap_or_else(|_| scratch.path("beside").join("log"));
+        let _ = std::fs::remove_file(&log);
+        let old = match ["pgstrata", "pg_basebackup"].contains(&beside.tool.name()) {
+            true => beside.tool.repo().to_owned(),
+            false => PathBuf::new(),
+        };
+        let mut shell = scratch.program("sh");
+        shell.args(["-c", SCRIPT, "sh"]).arg(&log).arg(old).arg(command.get_program());
+        shell.args(command.get_args()).args(beside.options);
+        for (name, value) in command.get_envs() {
+            if let Some(value) = value {
+                shell.env(name, value);
+            }
+        }
+        shell.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+        let shell = shell.spawn().map_err(|e| cannot("run", Path::new("sh"), e))?;
+        Ok(Self { shell, log })
+    }
+
+    /// Ends it, and says how many backups were done.
+    fn count(mut self) -> Result<usize> {
+        let ended = self.shell.try_wait().ok().flatten();
+        let done = std::fs::read_to_string(&self.log).unwrap_or_default().lines().count();
+        match ended {
+            None => Ok(done),
+            Some(status) => {
+                let complaint = std::fs::read_to_string(self.log.with_extension("err")).unwrap_or_default();
+                Err(Error::new(format!("a backup failed ({status}): {}", complaint.trim())))
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        if let Some(group) = i32::try_from(self.shell.id()).ok().and_then(Pid::from_raw) {
+            // It fails only if all of them have ended, which is what was wanted.
+            let _ = kill_process_group(group, Signal::TERM);
+        }
+        let _ = self.shell.wait();
+    }
+}
+
+/// 1234.5 of `tps = 1234.5 (without initial connection time)`.
+fn tps_in(printed: &str) -> Option<f64> {
+    printed.lines().find_map(|line| line.strip_prefix("tps = ")?.split(' ').next()?.parse().ok())
+}
+
+fn report(args: &TpsArgs, site: &Site, recorder: &Recorder, found: &[String]) -> Result<()> {
+    let mut steps: Vec<Step> = Vec::new();
+    for sample in &recorder.samples {
+        if !steps.contains(&sample.step) {
+            steps.push(sample.step);
+        }
+    }
+    let (seconds, clients, common) = (args.seconds, args.clients, &args.common);
+    Run {
+        name: common.name.clone().unwrap_or_else(|| format!("tps-{}", args.scale)),
+        title: format!(
+            "{}; PostgreSQL {}; pgbench for {seconds} s by {clients} clients, alone and beside full backups in a loop",
+            site.describe(),
+            args.major
+        ),
+        command: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
+        settings: format!("The server's settings: {}, fsync = on", site.settings()),
+        legend: LEGEND,
+        found: tps_table(recorder, &steps) + &found.iter().map(|line| format!("{line}\n")).collect::<String>(),
+        appendix: String::new(),
+        steps: &steps,
+        recorder,
+        scratch: site.scratch(),
+        versions: machine::versions(site.server()),
+    }
+    .write()
+}
+
+fn tps_table(recorder: &Recorder, steps: &[Step]) -> String {
+    let median = |step: &Step| {
+        let of = |sample: &crate::report::Sample| sample.facts.tps.filter(|_| sample.step == *step);
+        let mut tps: Vec<f64> = recorder.samples.iter().filter_map(of).collect();
+        tps.sort_by(f64::total_cmp);
+        tps.get(tps.len() / 2).copied().unwrap_or(0.0)
+    };
+    let alone = steps.iter().find(|step| step.name == ALONE).map_or(0.0, &median);
+    let row = |step: &Step| {
+        let tps = median(step);
+        format!("{:<60} {tps:>8.0} {:>6.2}\n", step.name, tps / alone)
+    };
+    let rows: String = steps.iter().map(row).collect();
+    format!("\n{:<60} {:>8} {:>6}\n{rows}", "transactions a second, medians", "tps", "of all")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_is_found_in_what_pgbench_prints() {
+        let printed = "latency average = 2.1 ms\ninitial connection time = 5.1 ms\ntps = 1931.5 (without initial connection time)\n";
+        assert_eq!(tps_in(printed), Some(1931.5));
+        assert_eq!(tps_in("no such line"), None);
+    }
+}
