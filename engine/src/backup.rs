@@ -4,6 +4,7 @@
 //! plan      open the server and the data directory, see that they belong together, choose the parent
 //! start     pg_backup_start; a temporary slot keeps the WAL
 //! list      only now: what appears later is in the WAL
+//! detect    which blocks may have changed since the parent (backup/changes.rs)
 //! copy      every file but pg_control, compared with the parent (backup/copy.rs)
 //! control   pg_control, last
 //! stop      pg_backup_stop; its backup_label and tablespace_map are part of the backup
@@ -18,17 +19,20 @@
 //! promoted (`pg_backup_stop`), pages are damaged (`backup/judge.rs`), the parent's packs are not all there (the plan; then a full
 //! backup is made, and said so), the parent's metadata is damaged (the copy; the backup fails).
 
+mod audit;
+mod changes;
 mod copy;
 mod feed;
 mod judge;
 mod part;
 mod rate;
 mod salvage;
+mod stored;
 mod wal;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::num::{NonZeroU64, NonZeroUsize};
+use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,14 +42,18 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use self::copy::{Content, Copier, Item, Totals};
+use self::audit::Audit;
+pub use self::audit::{AuditReport, Cause, MissedBlock};
+use self::changes::Question;
+use self::copy::{Changes, Content, Copier, Item, Totals};
 use self::judge::{Judge, Suspect};
 use self::rate::RateLimit;
 use self::salvage::Salvage;
+use self::stored::StoredChanges;
 use self::wal::WalRange;
 pub use crate::chunk::Compression;
 pub use crate::detect::DetectorChoice;
-use crate::detect::{self, Detection};
+use crate::detect::{ChangeMap, Detection, Detector};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{BackupLabel, ClusterState, ControlFile, Lsn, RelationFile, TimelineId};
 use crate::progress::{Phase, Progress};
@@ -88,8 +96,12 @@ pub struct Options {
     pub parent: ParentChoice,
     /// How to find what may have changed.
     pub detector: DetectorChoice,
-    /// Whether to scan whatever the detector says.
+    /// A directory with the cluster's archived WAL, as an `archive_command` fills it.
+    pub wal_archive: Option<PathBuf>,
+    /// Whether to scan whatever the detector says, and to report what it would have missed.
     pub audit: bool,
+    /// How many incremental backups in a row may go without an audit.
+    pub audit_every: Option<NonZeroU32>,
     /// Whether the cluster is stopped.
     pub offline: bool,
     /// Number of workers; one for each processor if it is not given.
@@ -116,6 +128,8 @@ pub struct Report {
     pub bytes_written: u64,
     /// Damage in the repository that came to light, none of it in this backup.
     pub repository_damage: Vec<String>,
+    /// What an audit found, if there was one.
+    pub audit: Option<AuditReport>,
 }
 
 /// What a backup is going to do.
@@ -172,7 +186,6 @@ impl fmt::Display for Plan<'_> {
 /// # Errors
 /// Whatever makes the backup impossible; nothing was changed, here or on the server.
 pub fn plan<'r>(repo: &'r Repository, options: &Options) -> Result<Plan<'r>> {
-    let detection = detect::choose(options.detector, options.audit)?;
     let source = open_source(options)?;
     let data_dir = source.data_dir();
     must_lie_elsewhere(data_dir, Path::new(repo.place()))?;
@@ -191,7 +204,7 @@ pub fn plan<'r>(repo: &'r Repository, options: &Options) -> Result<Plan<'r>> {
         control_bytes,
         parent: None,
         backup_type: BackupType::Full,
-        detection,
+        detection: Detection { detector: Detector::Scan, reason: String::new() },
         notices,
         repository_damage,
         options: options.clone(),
@@ -256,7 +269,6 @@ fn is_damaged_parent(options: &Options, error: &Error) -> bool {
 /// # Errors
 /// What makes it impossible.
 pub fn check(options: &Options, repo: &Path) -> Result<()> {
-    detect::choose(options.detector, options.audit)?;
     let source = open_source(options)?;
     must_lie_elsewhere(source.data_dir(), repo)?;
     let (_, control) = source.data_dir().read_control()?;
@@ -455,6 +467,9 @@ struct Run<'r, 'p> {
     totals: Totals,
     rate: RateLimit,
     jobs: usize,
+    /// What a detector says of the changes since the parent.
+    changes: Option<ChangeMap>,
+    audit: Option<Audit>,
 }
 
 impl<'r, 'p> Run<'r, 'p> {
@@ -502,6 +517,8 @@ impl<'r, 'p> Run<'r, 'p> {
             totals: Totals::default(),
             rate: RateLimit::new(plan.options.max_rate),
             jobs: crate::os::worker_count(plan.options.jobs),
+            changes: None,
+            audit: None,
             plan,
         }
     }
@@ -513,6 +530,7 @@ impl<'r, 'p> Run<'r, 'p> {
         for notice in &listing.notices {
             self.progress.notice(notice);
         }
+        self.detect(start, &listing)?;
         let judge = self.judge(start);
         let mut entries = self.copy_cluster(&listing, judge.as_ref())?;
         let (control_entry, control) = self.copy_control(&listing)?;
@@ -552,6 +570,72 @@ impl<'r, 'p> Run<'r, 'p> {
         Ok(Some(started.start_lsn))
     }
 
+    /// Asks a detector what may have changed since the parent.
+    fn detect(&mut self, start: Option<Lsn>, listing: &Listing) -> Result<()> {
+        let plan = &self.plan;
+        let Some(parent) = &plan.parent else { return Ok(()) };
+        let data_dir = plan.source.data_dir();
+        // As of now: checksums and parameters may have changed since the plan, if the server was started anew.
+        let (_, control) = data_dir.read_control()?;
+        let session = match &plan.source {
+            Source::Live { session, .. } => Some(&**session),
+            Source::Offline { .. } => None,
+        };
+        let timeline = session.map_or(Ok(control.timeline), Session::current_timeline)?;
+        let len = |entry: &Entry| if let EntryKind::File { len } = entry.kind { len } else { 0 };
+        let start = start.unwrap_or(control.redo);
+        let question = Question {
+            repo: plan.repo,
+            cluster: &plan.options.cluster,
+            parent,
+            control: &control,
+            data_dir,
+            session,
+            wal_archive: plan.options.wal_archive.as_deref(),
+            start,
+            timeline,
+            cluster_bytes: listing.entries.iter().map(len).sum(),
+            notice: &|text| self.progress.notice(text),
+        };
+        let found = question.answer(plan.options.detector)?;
+        if let Some(new) = &found.new {
+            let first = new.coverage().ranges().map(|range| range.start).min().unwrap_or(parent.start_lsn);
+            let kept = StoredChanges::put(plan.repo, &plan.options.cluster, new, timeline, (first, start));
+            if let Err(error) = kept {
+                self.progress.notice(&format!("what the log says is not kept for later backups: {error}"));
+            }
+        }
+        if self.is_due_for_audit()? {
+            let detector = found.detection.detector;
+            let reason = match detector {
+                Detector::Scan => {
+                    let what = "there is no detector to audit";
+                    self.progress.notice(&format!("{what}: {}", found.detection.reason));
+                    found.detection.reason
+                }
+                _ => {
+                    self.audit = Some(Audit::new(detector.to_string(), parent.start_lsn, start, &control));
+                    format!("an audit of {detector}: {}", found.detection.reason)
+                }
+            };
+            self.plan.detection = Detection { detector: Detector::Scan, reason };
+        } else {
+            self.plan.detection = found.detection;
+        }
+        self.changes = found.map;
+        Ok(())
+    }
+
+    /// Whether everything is to be read and compared with what the detector says.
+    fn is_due_for_audit(&self) -> Result<bool> {
+        let options = &self.plan.options;
+        let Some(every) = options.audit_every.filter(|_| !options.audit) else { return Ok(options.audit) };
+        let catalog = self.plan.repo.catalog(&options.cluster)?;
+        let trusting = |backup: &&BackupSummary| backup.detector != Detector::Scan.to_string();
+        let since = catalog.backups().iter().rev().take_while(trusting).count();
+        Ok(since as u64 + 1 >= u64::from(every.get()))
+    }
+
     fn judge(&self, start: Option<Lsn>) -> Option<Judge> {
         let control = &self.plan.control;
         control.has_data_checksums().then(|| Judge::new(start, control.relseg_size))
@@ -572,6 +656,16 @@ impl<'r, 'p> Run<'r, 'p> {
                 let relation = RelationFile::parse_path(&entry.path, &version_dir);
                 items.push(Item { entry, content: Content::DataDirectory, relation, parent });
             }
+        }
+        if let Some(changes) = self.changes() {
+            let block_len = self.plan.control.block_size.as_u64();
+            items.retain(|item| match item.unchanged(changes, block_len) {
+                Some(entry) => {
+                    entries.push(entry);
+                    false
+                }
+                None => true,
+            });
         }
         let bytes = items.iter().map(|item| item.entry.len).sum();
         self.progress.begin(Phase::Copying, bytes);
@@ -640,12 +734,18 @@ impl<'r, 'p> Run<'r, 'p> {
             compression: self.plan.options.compression,
             salvage: self.salvage.as_ref(),
             judge,
+            changes: self.changes(),
             jobs: self.jobs,
             rate: &self.rate,
             progress: self.progress,
             totals: &self.totals,
         };
         copier.run(items)
+    }
+
+    fn changes(&self) -> Option<Changes<'_>> {
+        let map = self.changes.as_ref()?;
+        Some(Changes { map, segment: self.plan.control.relseg_size, audit: self.audit.as_ref() })
     }
 
     /// Ends the backup on the server, and says what WAL it needs.
@@ -779,6 +879,7 @@ impl<'r, 'p> Run<'r, 'p> {
         manifest.own_bytes = written + taken_over;
         let manifest_len = self.plan.repo.commit(&manifest, &self.lease)?;
         Ok(Report {
+            audit: self.audit.map(Audit::finish),
             backup: BackupSummary::new(&manifest, manifest_len),
             seconds: begun.elapsed().as_secs_f64(),
             bytes_read: self.totals.bytes_read.load(Ordering::Relaxed) + salvage_read,

@@ -19,21 +19,24 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crossbeam_channel::{Receiver, bounded};
 
+use super::audit::Audit;
 use super::feed::{AHEAD, FEEDERS, SLICE_BLOCKS, Slice, Slices};
 use super::judge::{Judge, Verdict};
 use super::part::{self, SliceMap};
 use super::rate::RateLimit;
 use super::salvage::{Found, Salvage};
 use crate::chunk::{ChunkId, Compression, Encoder, Fingerprint, MAX_RAW_LEN};
+use crate::detect::{BlockRun, ChangeMap, FileLength};
 use crate::error::{Error, Result};
 use crate::os::reads_once;
-use crate::pg::{BlockNumber, RelationFile, is_zero};
+use crate::pg::{BlockNumber, BlocksPerSegment, ForkNumber, RelationFile, is_zero};
 use crate::progress::Progress;
 use crate::repo::{ChunkRef, DataPack, Extent, FileEntry, PART_BLOCKS, Packer, PartMap, Stack};
 use crate::source::DataDir;
@@ -52,6 +55,17 @@ pub(super) struct Item {
     pub relation: Option<RelationFile>,
     /// What the parent's file table says of it.
     pub parent: Option<FileEntry>,
+}
+
+/// What a detector says of the changes since the parent.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Changes<'a> {
+    /// The blocks that may have changed.
+    pub map: &'a ChangeMap,
+    /// Blocks of a segment's file.
+    pub segment: BlocksPerSegment,
+    /// Whether everything is read all the same, and what the map missed is noted.
+    pub audit: Option<&'a Audit>,
 }
 
 /// Where an item's bytes come from.
@@ -97,6 +111,8 @@ pub(super) struct Copier<'a> {
     pub salvage: Option<&'a Salvage<'a>>,
     /// Judges pages, where the cluster has checksums.
     pub judge: Option<&'a Judge>,
+    /// Which blocks need not be read; none if everything is.
+    pub changes: Option<Changes<'a>>,
     /// Number of workers.
     pub jobs: usize,
     /// Bounds the rate of reading.
@@ -248,6 +264,35 @@ impl Item {
         u32::try_from(blocks.max(least)).unwrap_or(PART_BLOCKS)
     }
 
+    /// How many blocks a part had in the parent.
+    fn parent_part_blocks(&self, block_len: u64, part: u32) -> usize {
+        let blocks = self.parent.as_ref().map_or(0, |parent| parent.len.div_ceil(block_len));
+        let in_part = blocks.saturating_sub(u64::from(part) * u64::from(PART_BLOCKS)).min(u64::from(PART_BLOCKS));
+        usize::try_from(in_part).unwrap_or(usize::MAX)
+    }
+
+    /// What a detector says about the file: which blocks among `within` to read; `None` if it is not for detectors to say.
+    fn runs<'a>(
+        &self,
+        changes: Changes<'a>,
+        block_len: u64,
+        within: Range<u32>,
+    ) -> Option<impl Iterator<Item = BlockRun> + 'a> {
+        let (relation, parent) = (self.relation?, self.parent.as_ref()?);
+        let count = |blocks: u64| u32::try_from(blocks).unwrap_or(u32::MAX);
+        let block_count = count(self.block_count(block_len));
+        let len = FileLength { block_count, parent_block_count: count(parent.len / block_len) };
+        let trusted = relation.fork == ForkNumber::Main && matches!(self.content, Content::DataDirectory);
+        trusted.then(|| changes.map.runs_within(relation, changes.segment, len, within))
+    }
+
+    /// The parent's entry for the file as it is now, if nothing of it has to be read.
+    pub fn unchanged(&self, changes: Changes<'_>, block_len: u64) -> Option<FileEntry> {
+        let parent = self.parent.as_ref().filter(|parent| parent.len == self.entry.len && changes.audit.is_none())?;
+        let nothing = self.runs(changes, block_len, 0..u32::MAX)?.next().is_none();
+        nothing.then(|| FileEntry { parts: parent.parts.clone(), ..self.entry.clone() })
+    }
+
     /// How many parts the file has.
     pub fn part_count(&self, block_len: u64) -> u32 {
         let parts = self.block_count(block_len).div_ceil(u64::from(PART_BLOCKS));
@@ -326,6 +371,19 @@ impl Run<'_> {
         Ok(Arc::clone(loaded.insert(Arc::new(fingerprints))))
     }
 
+    /// Which blocks of a slice to read, by their numbers in the part; all of them unless a detector knows better.
+    pub fn ranges(&self, slice: Slice) -> Vec<Range<u32>> {
+        let all = slice.start..slice.start + slice.count;
+        let item = &self.items[slice.item];
+        let Some(changes) = self.copier.changes.filter(|changes| changes.audit.is_none()) else { return vec![all] };
+        let part = slice.part * PART_BLOCKS;
+        let runs = item.runs(changes, self.copier.block_len as u64, part + all.start..part + all.end);
+        let Some(runs) = runs else { return vec![all] };
+        let first = item.relation.map_or(0, |file| file.segment.as_u32().wrapping_mul(changes.segment.as_u32()));
+        let in_part = |block: u32| block.wrapping_sub(first) - part;
+        runs.map(|run| in_part(run.start.as_u32())..in_part(run.start.as_u32()) + run.count).collect()
+    }
+
     /// Lets go of the parent's fingerprints of a part when its last slice is read, and of the file when all are.
     fn read_done(&self, slice: Slice, open: &OpenItem) {
         if open.slices_to_read.fetch_sub(1, Ordering::AcqRel) == 1 {
@@ -353,7 +411,12 @@ impl Run<'_> {
             return Ok(());
         }
         let slices = std::mem::take(&mut *lock(&part.slices));
-        let parent_blocks = part.parent_blocks.get().copied().unwrap_or(0);
+        let known = part.parent_blocks.get().copied();
+        let item = &self.items[index];
+        let parent_blocks = known.unwrap_or_else(|| match item.parent {
+            Some(_) => item.parent_part_blocks(self.copier.block_len as u64, part_number),
+            None => 0,
+        });
         let vanished = matches!(*lock(&open.reader), Opened::NotYet | Opened::Vanished);
         if !vanished {
             let done = part::write(self.copier.stack, slices, parent_blocks, self.parent_map(index, part_number))?;
@@ -442,9 +505,14 @@ impl<'r, 'a> Worker<'r, 'a> {
         let open = self.run.open_item(slice.item);
         let map = SliceMap::new(slice.start);
         self.slices.push(OpenSlice { slice, map, read: false });
+        let ranges = self.run.ranges(slice);
         if let Some(reader) = self.run.reader(slice.item, &open)? {
-            let parent = self.run.parent(slice, &open)?;
-            self.read(slice, &reader, &parent)?;
+            if ranges.is_empty() {
+                self.skip(slice);
+            } else {
+                let parent = self.run.parent(slice, &open)?;
+                self.read(slice, &ranges, &reader, &parent)?;
+            }
         }
         self.run.read_done(slice, &open);
         let index = self.slices.len() - 1;
@@ -458,16 +526,41 @@ impl<'r, 'a> Worker<'r, 'a> {
         }
     }
 
-    fn read(&mut self, slice: Slice, reader: &Reader, parent: &[Fingerprint]) -> Result<()> {
+    /// Passes over a slice of which nothing has to be read.
+    fn skip(&mut self, slice: Slice) {
+        let len = u64::from(slice.count) * self.run.copier.block_len as u64;
+        self.run.copier.progress.advance(len);
+        if let Some(open) = self.slices.last_mut() {
+            open.map.end = slice.start + slice.count;
+        }
+    }
+
+    /// Reads ranges of a slice, in order, until the file ends.
+    fn read(&mut self, slice: Slice, ranges: &[Range<u32>], reader: &Reader, parent: &[Fingerprint]) -> Result<()> {
+        for range in ranges {
+            self.read_range(slice, range.clone(), reader, parent)?;
+            if self.slices.last().is_some_and(|open| open.map.file_end.is_some()) {
+                return Ok(());
+            }
+        }
+        let blocks: u32 = ranges.iter().map(|range| range.end - range.start).sum();
+        self.run.copier.progress.advance(u64::from(slice.count - blocks) * self.run.copier.block_len as u64);
+        if let Some(open) = self.slices.last_mut() {
+            open.map.end = open.map.end.max(slice.start + slice.count);
+        }
+        Ok(())
+    }
+
+    fn read_range(&mut self, slice: Slice, range: Range<u32>, reader: &Reader, parent: &[Fingerprint]) -> Result<()> {
         let copier = self.run.copier;
         let block_len = copier.block_len as u64;
         let file_len = self.run.items[slice.item].entry.len;
         let part_offset = u64::from(slice.part) * u64::from(PART_BLOCKS) * block_len;
         let end = match slice.to_end {
             true => part_offset + u64::from(PART_BLOCKS) * block_len,
-            false => file_len.min(part_offset + u64::from(slice.start + slice.count) * block_len),
+            false => file_len.min(part_offset + u64::from(range.end) * block_len),
         };
-        let mut offset = part_offset + u64::from(slice.start) * block_len;
+        let mut offset = part_offset + u64::from(range.start) * block_len;
         let mut window = std::mem::take(&mut self.window);
         while offset < end {
             let wanted = usize::try_from(end - offset).unwrap_or(usize::MAX).min(window.len());
@@ -529,6 +622,7 @@ impl<'r, 'a> Worker<'r, 'a> {
         if parent.get(block as usize) == Some(&fingerprint) {
             return Ok(());
         }
+        self.audit(slice, block, page, parent);
         let index = self.slices.len() - 1;
         let map = &mut self.slices[index].map;
         map.blocks_changed += 1;
@@ -546,6 +640,21 @@ impl<'r, 'a> Worker<'r, 'a> {
         }
         self.add_to_chunk(self.slices.len() - 1, block, page, fingerprint);
         Ok(())
+    }
+
+    /// Notes a block that changed and that the detector would not have read.
+    fn audit(&self, slice: Slice, block: u32, page: &[u8], parent: &[Fingerprint]) {
+        let Some((changes, audit)) = self.run.copier.changes.and_then(|changes| Some((changes, changes.audit?))) else {
+            return;
+        };
+        let item = &self.run.items[slice.item];
+        let in_file = slice.part * PART_BLOCKS + block;
+        let runs = item.runs(changes, self.run.copier.block_len as u64, in_file..in_file + 1);
+        if let (Some(mut runs), Some(relation), true) = (runs, item.relation, (block as usize) < parent.len())
+            && runs.next().is_none()
+        {
+            audit.note(relation, changes.segment, BlockNumber::new(in_file), page);
+        }
     }
 
     fn salvaged(&self, fingerprint: Fingerprint) -> Result<Option<Found>> {

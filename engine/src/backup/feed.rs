@@ -100,16 +100,18 @@ impl Run<'_> {
         let open = self.open_item(slice.item);
         let reader = self.reader(slice.item, &open)?;
         let block_len = self.copier.block_len as u64;
-        let begin = (u64::from(slice.part) * u64::from(PART_BLOCKS) + u64::from(slice.start)) * block_len;
-        let end = self.items[slice.item].entry.len.min(begin + u64::from(slice.count) * block_len);
-        let mut offset = begin;
-        while offset < end {
-            let len = PIECE_LEN.min(end - offset);
-            self.copier.rate.take(len);
-            if let Some(Reader::File(file) | Reader::Prefix(file, _)) = reader.as_deref() {
-                will_read(file, offset, len);
+        let part = u64::from(slice.part) * u64::from(PART_BLOCKS);
+        for range in self.ranges(slice) {
+            let mut offset = (part + u64::from(range.start)) * block_len;
+            let end = self.items[slice.item].entry.len.min((part + u64::from(range.end)) * block_len);
+            while offset < end {
+                let len = PIECE_LEN.min(end - offset);
+                self.copier.rate.take(len);
+                if let Some(Reader::File(file) | Reader::Prefix(file, _)) = reader.as_deref() {
+                    will_read(file, offset, len);
+                }
+                offset += len;
             }
-            offset += len;
         }
         Ok(())
     }

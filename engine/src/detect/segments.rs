@@ -129,6 +129,26 @@ impl WalFiles {
         }
     }
 
+    /// The bytes of a segment's file, decompressed; `None` if there is none.
+    ///
+    /// # Errors
+    /// When it cannot be read, or has another length.
+    pub(crate) fn read(&self, name: WalSegmentName) -> Result<Option<Vec<u8>>> {
+        if !self.segments.contains_key(&name) {
+            return Ok(None);
+        }
+        let mut segment = match self.open(name) {
+            Err(error) if error.kind() == ErrorKind::Missing => return Ok(None),
+            opened => opened?,
+        };
+        let mut bytes = vec![0; usize::try_from(self.size.as_u64()).map_err(|_| Error::bug("a segment of 4 GiB"))?];
+        let mut len = 0;
+        while len < bytes.len() {
+            len += segment.read_at(len as u64, &mut bytes[len..])?;
+        }
+        Ok(Some(bytes))
+    }
+
     fn open(&self, name: WalSegmentName) -> Result<OpenSegment> {
         for file in self.segments.get(&name).into_iter().flatten() {
             match File::open(&file.path) {

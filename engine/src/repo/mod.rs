@@ -31,6 +31,7 @@ pub use lease::{Lease, LeaseRequest, Operation, give_up_leases};
 pub(crate) use lease::{LeaseRecord, leases, remove_lease};
 pub(crate) use manifest::MAX_CORRUPT_PAGES;
 pub use manifest::{BackupType, ByteString, CorruptPage, Manifest, Setting, TablespaceLocation, WalSpan};
+pub(crate) use names::ChangesName;
 pub use names::{BackupId, ClusterName, PackKind, PackName};
 pub use pack::{Finished, PackInfo, Packer, Place};
 pub(crate) use pack::{Group, PackTable, check_pack, read_record, with_lengths};
@@ -467,6 +468,19 @@ impl Repository {
     /// When the store cannot list.
     pub fn unsound_pack(&self, manifest: &Manifest) -> Result<Option<(ObjectName, String)>> {
         unsound_among(&self.packs(&manifest.cluster)?, manifest)
+    }
+
+    /// The WAL files of a backup.
+    ///
+    /// # Errors
+    /// `Missing` or `Corrupt`, with the object.
+    pub(crate) fn wal_files(&self, manifest: &Manifest) -> Result<Vec<FileEntry>> {
+        let mut found = Vec::new();
+        for page in &manifest.pages {
+            let entries = read_page(&**self.store(), &manifest.cluster, page)?.entries;
+            found.extend(entries.into_iter().filter(|entry| entry.kind == FileKind::Wal));
+        }
+        Ok(found)
     }
 
     /// Flattens the block map of a part into one complete layer.

@@ -289,6 +289,16 @@ impl Session {
         }
     }
 
+    /// Whether the server summarizes its WAL (17 and later).
+    ///
+    /// # Errors
+    ///
+    /// When the server cannot be asked.
+    pub fn summarizes_wal(&self) -> Result<bool> {
+        let statement = "SELECT COALESCE(pg_catalog.current_setting('summarize_wal', true), 'off') = 'on'";
+        column(&self.query_one("ask whether WAL is summarized", statement, &[])?, 0)
+    }
+
     /// Whether the session still lives, without asking the server; cheap, and callable from any thread.
     ///
     /// # Errors

@@ -41,6 +41,7 @@ mod tests;
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
 
 use blocks::BlockSet;
 pub(crate) use object::sealed as sealed_changes;
@@ -158,8 +159,19 @@ impl ChangeMap {
 
     /// The blocks of a file that must be read, in order, neighbours in one run.
     pub fn runs(&self, file: RelationFile, size: BlocksPerSegment, len: FileLength) -> impl Iterator<Item = BlockRun> {
+        self.runs_within(file, size, len, 0..len.block_count)
+    }
+
+    /// Those among the blocks `within`, counted in the file.
+    pub fn runs_within(
+        &self,
+        file: RelationFile,
+        size: BlocksPerSegment,
+        len: FileLength,
+        within: Range<u32>,
+    ) -> impl Iterator<Item = BlockRun> {
         let first = u64::from(file.segment.as_u32()) * u64::from(size.as_u32());
-        let end = first + u64::from(len.block_count);
+        let end = first + u64::from(len.block_count.min(within.end));
         let had = first + u64::from(len.parent_block_count.min(len.block_count));
         let (changes, trusted_to) = match self.trusted(file.locator, file.fork) {
             None => (None, first),
@@ -168,7 +180,7 @@ impl ChangeMap {
                 (changes, limit.map_or(had, |limit| limit.clamp(first, had)))
             }
         };
-        let mut at = first;
+        let mut at = first + u64::from(within.start);
         std::iter::from_fn(move || {
             let marked = changes.and_then(|changes| changes.marked.next_in(at));
             let start = marked.unwrap_or(u64::MAX).min(trusted_to.max(at));
@@ -176,7 +188,7 @@ impl ChangeMap {
                 return None;
             }
             let marked_to = changes.map_or(start, |changes| changes.marked.next_out(start));
-            at = if marked_to >= trusted_to { end } else { marked_to };
+            at = if marked_to >= trusted_to { end } else { marked_to.min(end) };
             let start_block = BlockNumber::new(u32::try_from(start).ok()?);
             Some(BlockRun { start: start_block, count: u32::try_from(at - start).ok()? })
         })
