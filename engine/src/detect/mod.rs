@@ -10,6 +10,7 @@
 mod change_map;
 mod coverage;
 mod segments;
+mod summary;
 mod wal;
 
 use std::fmt;
@@ -19,6 +20,7 @@ pub(crate) use change_map::sealed_changes;
 pub use change_map::{BlockRun, ChangeMap, FileLength};
 pub use coverage::{Coverage, CoverageCheck};
 pub use segments::WalFiles;
+pub use summary::Summaries;
 pub use wal::WalChanges;
 
 use crate::error::{Error, ErrorKind, Result};
