@@ -14,7 +14,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use engine::chunk::{ChunkId, Compression, Decoder, Encoder, Fingerprint, MAX_RAW_LEN, Shape};
-use engine::pg::{BlockNumber, checksum, is_zero};
+use engine::detect::{WalChanges, WalFiles};
+use engine::pg::{
+    BlockNumber, ControlFile, Lsn, RecordDecoder, WalLevel, WalPageHeader, WalRecord, WalSegmentName, WalSource,
+    checksum, is_zero,
+};
 use testdata::synthetic::page::{PAGE_LEN, PageSeed, PageWriter};
 use testdata::{Error, Result};
 
@@ -25,12 +29,14 @@ const SAMPLE_LEN: usize = 64 << 20;
 /// How often each kernel goes over the sample; the fastest counts.
 const PASSES: usize = 5;
 const GB: f64 = 1e9;
+/// Bytes of the header of a segment's first page.
+const LONG_HEADER_LEN: usize = 40;
 
 /// Times every kernel and returns the table.
 ///
 /// # Errors
-/// When the file cannot be read or has no whole window of pages.
-pub fn run(pages: Option<&Path>) -> Result<String> {
+/// When the file cannot be read or has no whole window of pages, or the WAL of `wal` is not whole.
+pub fn run(pages: Option<&Path>, wal: Option<&Path>) -> Result<String> {
     let sample = match pages {
         Some(path) => file_pages(path)?,
         None => synthetic_pages(),
@@ -60,7 +66,68 @@ pub fn run(pages: Option<&Path>) -> Result<String> {
         row(&format!("zstd:{level} encode, 256 KiB"), encode, &format!("to {:.1} %", ratio * 100.0));
         row(&format!("zstd:{level} decode and prove, 256 KiB"), decode, "with the fingerprints");
     }
+    for (name, rate) in wal.map(wal_rates).transpose()?.into_iter().flatten() {
+        row(name, rate, "of WAL in the cache");
+    }
     Ok(table)
+}
+
+/// GB/s of reading the whole segments of a data directory's `pg_wal`, of decoding their records, and of gathering what they change.
+fn wal_rates(data_dir: &Path) -> Result<[(&'static str, f64); 3]> {
+    let failed = |e: engine::Error| Error::new(e.to_string());
+    let control = std::fs::read(data_dir.join("global/pg_control")).map_err(|e| cannot("read", data_dir, e))?;
+    let control = ControlFile::parse(&control).map_err(failed)?;
+    let (pg_wal, size) = (data_dir.join("pg_wal"), control.wal_segment_size);
+    let files = WalFiles::list(&[&pg_wal], size).map_err(failed)?;
+    let source = WalSource {
+        major: control.major_version(),
+        system_identifier: control.system_identifier,
+        segment_size: size,
+        block_size: control.wal_block_size,
+        history: files.history(control.timeline).map_err(failed)?,
+    };
+    let (start, end) = (first_record(&pg_wal, &source)?, control.checkpoint);
+    let len = (end.as_u64() - start.as_u64()) as f64;
+    let walk = |each: &mut dyn FnMut(WalRecord<'_>) -> engine::Result<()>| -> Result<Duration> {
+        let begun = Instant::now();
+        files.walk(source.clone(), start, end, each).map(|()| begun.elapsed()).map_err(failed)
+    };
+    let rate = |pass: &mut dyn FnMut() -> Result<Duration>| -> Result<f64> {
+        let passes = (0..PASSES).map(|_| pass()).collect::<Result<Vec<_>>>()?;
+        Ok(len / passes.into_iter().min().unwrap_or_default().as_secs_f64() / GB)
+    };
+    let read = rate(&mut || {
+        walk(&mut |record| {
+            black_box(record);
+            Ok(())
+        })
+    })?;
+    let mut decoder = RecordDecoder::new(source.major, control.block_size);
+    let decode = rate(&mut || walk(&mut |record| decoder.decode(record).map(|decoded| _ = black_box(decoded))))?;
+    let gather = rate(&mut || {
+        let mut changes = WalChanges::new(&source, control.block_size, WalLevel::Replica).map_err(failed)?;
+        walk(&mut |record| changes.add(record))
+    })?;
+    Ok([("WAL records, checked", read), ("and decoded", decode), ("and gathered", gather)])
+}
+
+/// Where the first record begins of the oldest segment that begins with none or with a short rest of one.
+fn first_record(pg_wal: &Path, source: &WalSource) -> Result<Lsn> {
+    let listed = std::fs::read_dir(pg_wal).map_err(|e| cannot("list", pg_wal, e))?;
+    let mut names: Vec<_> = listed.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    names.sort();
+    let segments = names.iter().filter(|name| WalSegmentName::parse(name.as_bytes(), source.segment_size).is_some());
+    for name in segments {
+        let path = pg_wal.join(name);
+        let mut head = [0; LONG_HEADER_LEN];
+        File::open(&path).and_then(|mut file| file.read_exact(&mut head)).map_err(|e| cannot("read", &path, e))?;
+        let Ok(header) = WalPageHeader::parse(&head) else { continue };
+        let skipped = (LONG_HEADER_LEN as u64 + u64::from(header.remaining_len)).next_multiple_of(8);
+        if skipped < source.block_size.as_u64() {
+            return Ok(Lsn::new(header.address.as_u64() + skipped));
+        }
+    }
+    Err(cannot("read WAL from", pg_wal, "there is none"))
 }
 
 fn each_page(window: &[u8], kernel: impl FnMut(&[u8])) {

@@ -245,6 +245,10 @@ struct KernelArgs {
     /// Take the pages of this relation file instead of synthetic ones.
     #[arg(long, value_name = "FILE")]
     pages: Option<PathBuf>,
+
+    /// Read the WAL of this stopped data directory, too.
+    #[arg(long, value_name = "PGDATA")]
+    wal: Option<PathBuf>,
 }
 
 /// Kills commands at random moments and runs others beside each other, on a live server under load, and sees that nothing
@@ -309,7 +313,9 @@ fn run(workload: Workload) -> Result<(), Error> {
         Workload::Merge(args) => merge::run(&args),
         Workload::Metadata(args) => metadata::run(&args),
         Workload::Simulate(args) => simulated::run(&args).map(|facts| println!("{facts}")),
-        Workload::Kernels(args) => kernels::run(args.pages.as_deref()).map(|table| print!("{table}")),
+        Workload::Kernels(args) => {
+            kernels::run(args.pages.as_deref(), args.wal.as_deref()).map(|table| print!("{table}"))
+        }
         Workload::Torture(args) => torture::run(&args),
         Workload::Limit(args) => limits::run(&args),
         Workload::Report(args) => {

@@ -9,6 +9,7 @@
 mod change_map;
 mod coverage;
 mod segments;
+mod summary;
 mod wal;
 
 use std::fmt;
@@ -18,6 +19,7 @@ pub(crate) use change_map::sealed_changes;
 pub use change_map::{BlockRun, ChangeMap, FileLength};
 pub use coverage::{Coverage, CoverageCheck};
 pub use segments::WalFiles;
+pub use summary::Summaries;
 pub use wal::WalChanges;
 
 use crate::error::{Error, Result};

@@ -19,6 +19,7 @@ mod pg_manifest;
 mod relation;
 mod relmap;
 mod wal;
+mod wal_summary;
 
 pub use backup_label::{BackupLabel, BackupMethod, BackupOrigin, IncrementalFrom, TablespaceMap};
 pub(crate) use bytes::canonical_decimal;
@@ -37,3 +38,4 @@ pub use wal::{
     WalLongHeader, WalPageHeader, WalRecord, WalSegmentName, WalSegmentNumber, WalSegmentSize, WalSource, WalStep,
     WalWalker,
 };
+pub use wal_summary::{SummarizedFork, WalSummaryReader, WalSummaryStep, parse_wal_summary_name, wal_summary_name};
