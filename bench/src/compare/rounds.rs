@@ -171,22 +171,27 @@ impl<'a> Rounds<'a> {
         Ok(())
     }
 
-    /// A peer that fails is out; a way of pgstrata's that refuses is, too. Anything else is our own failure.
+    /// A peer that fails is out; a way of pgstrata's that refuses is, too. Anything else is our own failure. Of a peer that finds no
+    /// sense in a backup of nothing, only that is left out.
     fn leave_out(&mut self, set: Set, at: usize, moment: Moment, way: &'static str, error: Error) -> Result<()> {
         let player = &mut self.players(set)[at];
         let ours = player.tool.name() == "pgstrata";
         if ours && (way.is_empty() || ["auto", "scan"].contains(&way)) {
             return Err(error);
         }
-        if way.is_empty() {
-            player.out = true
-        } else {
-            player.refused.push(way)
+        let nothing = moment.change.is_some_and(|change| change.share == 0.0);
+        match way {
+            "" if nothing => {}
+            "" => player.out = true,
+            _ => player.refused.push(way),
         }
-        let what = [player.tool.name(), moment.action.name(), way].join(" ");
-        let why = format!("{} is left out from here on: {}", what.trim_end(), short(&error.to_string()));
-        say(&why);
-        self.found.push(why);
+        let words = [player.tool.name(), moment.action.name(), way, if nothing { "of nothing" } else { "" }];
+        let what = words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ");
+        let why = format!("{what} is left out: {}", short(&error.to_string()));
+        if !self.found.contains(&why) {
+            say(&why);
+            self.found.push(why);
+        }
         Ok(())
     }
 

@@ -147,7 +147,8 @@ impl Tool for Barman {
                 self.end_receiving(server)?;
             }
             let mut restore = self.base(site, "restore");
-            restore.args(["--jobs", &self.jobs.to_string(), SERVER, "latest"]).arg(target);
+            // Otherwise it copies all WAL that came after the backup, too.
+            restore.args(["--get-wal", "--jobs", &self.jobs.to_string(), SERVER, "latest"]).arg(target);
             return Ok(and_sync(site, &restore, &site.scratch().path("restored")));
         }
         let mut backup = self.base(site, "backup");

@@ -1,7 +1,7 @@
 //! pgBackRest with its best settings: files bundled, blocks compared where the version can (2.46 and later), zstd 1, a process for each
 //! core, a fast checkpoint. It does not wait for an archive: a backup's WAL is not among what it writes here.
 //!
-//! It backs up a stopped cluster too, so it takes part without a server.
+//! It backs up a stopped cluster too, so it takes part without a server; there it refuses an incremental of nothing.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -64,7 +64,7 @@ impl PgBackRest {
         });
         format!(
             "[global]\nrepo1-path={}\nrepo1-bundle=y\n{blocks}compress-type=zst\ncompress-level=1\nprocess-max={}\n\
-             start-fast=y\narchive-check=n\nrepo1-retention-full=9\nlog-level-file=off\nlog-level-console=warn\n\
+             start-fast=y\narchive-check=n\nrepo1-retention-full=9\nlog-level-file=off\nlog-level-console=off\nlog-level-stderr=warn\n\
              log-path={home}/log\nlock-path={home}/lock\nspool-path={home}/spool\n{server}",
             self.repo.display(),
             self.jobs,
