@@ -3,7 +3,7 @@
 //! Clap's own `env` feature is not used: [`crate::config`] lays the environment and the configuration file under
 //! every long option in one place, so that an option added here can be given in all three from the start.
 
-use std::num::{NonZeroU64, NonZeroUsize};
+use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -107,13 +107,23 @@ pub struct BackupArgs {
     #[command(flatten)]
     pub parent: ParentArgs,
 
-    /// How to find the blocks that changed: auto, scan. Both read every page; scan is the only detector so far.
+    /// How to find the blocks that changed: auto, scan (read every page), wal (read those that the WAL since the parent
+    /// names) or summary (those that the server's WAL summaries name, from 17 on). auto takes the cheapest that is
+    /// provably complete, else scan, and says why.
     #[arg(long, value_name = "DETECTOR", value_parser = parse::<DetectorChoice>, default_value = "auto")]
     pub detect: DetectorChoice,
 
-    /// Scan as well, and report every block that the detector missed.
+    /// A directory with archived WAL, for --detect wal: segments as they are or as .gz, .zst or .lz4.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub wal_archive: Option<PathBuf>,
+
+    /// Scan as well, and report every block that the detector missed (exit code 3 if there are any but hint bits).
     #[arg(long)]
     pub audit: bool,
+
+    /// Audit when the N-1 backups before this one did not scan.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(NonZeroU32))]
+    pub audit_every: Option<NonZeroU32>,
 
     /// Back up a cluster that is cleanly stopped, from its directory alone.
     #[arg(long, conflicts_with = "dbname")]

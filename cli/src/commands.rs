@@ -123,7 +123,17 @@ fn back_up(repo: &Path, init: bool, options: &backup::Options, out: Printer) -> 
     out.document(&done, || report::backup(&done, repo))?;
     say_what_damage_came_to_light(&done.repository_damage, repo);
     let corrupt = say_what_is_corrupt(&done.backup, "the cluster", repo);
-    Ok(if done.repository_damage.is_empty() { corrupt } else { Exit::Damage })
+    let missed = say_what_was_missed(&done);
+    Ok(if done.repository_damage.is_empty() && !missed { corrupt } else { Exit::Damage })
+}
+
+/// Whether an audit found that a detector would have missed more than hint bits.
+fn say_what_was_missed(done: &backup::Report) -> bool {
+    let Some(audit) = done.audit.as_ref().filter(|audit| audit.serious_count > 0) else { return false };
+    let missed = count(audit.serious_count, "block");
+    let what = format!("done, but the detector {} would have missed {missed} that changed", audit.detector);
+    report::print_error(&what, Some("this backup has them; use --detect scan until the cause is found"));
+    true
 }
 
 /// Damage that is in no block of this backup, but was met on the way.

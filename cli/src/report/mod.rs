@@ -282,6 +282,7 @@ mod tests {
             seconds: 0.0,
             bytes_read: 0,
             bytes_written: 0,
+            audit: None,
             repository_damage: Vec::new(),
         };
         let texts = |summary: &BackupSummary, text: &str| {

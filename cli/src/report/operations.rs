@@ -3,11 +3,15 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
+use engine::backup::{AuditReport, MissedBlock};
 use engine::export::FileFormat;
 use engine::repo::BackupSummary;
 
 use super::{corrupt_pages, on_one_line, shell_word, some_of, whereabouts};
 use crate::units::{count, rate, seconds, size};
+
+/// Blocks that are shown at most; `--json` has more.
+const MISSED_SHOWN: usize = 20;
 
 /// What a backup did and why, and what comes next.
 pub fn backup(done: &engine::backup::Report, repo: &Path) -> String {
@@ -16,7 +20,7 @@ pub fn backup(done: &engine::backup::Report, repo: &Path) -> String {
     let facts = [
         ("kind", kind_and_why(backup)),
         ("read", size_and_rate(done.bytes_read, done.seconds)),
-        ("changed", format!("{}, found by {}", count(backup.blocks_changed, "block"), backup.detector)),
+        ("changed", changed(backup)),
         ("stored", format!("{} new, for a cluster of {}", size(backup.stored_bytes), size(backup.cluster_bytes))),
         ("WAL", format!("{} to {}, {}", backup.start_lsn, backup.stop_lsn, size(backup.wal_bytes))),
     ];
@@ -24,11 +28,32 @@ pub fn backup(done: &engine::backup::Report, repo: &Path) -> String {
         let _ = writeln!(text, "  {name:<8} {}", on_one_line(&value));
     }
     text += &corrupt_pages(backup);
+    text += &done.audit.as_ref().map(audited).unwrap_or_default();
     if backup.parent.is_none() {
         let repo = shell_word(&repo.display().to_string());
         let _ = writeln!(text, "the next backup into {repo} stores only what changes from now on");
     }
     text + &how_to_restore(backup, repo)
+}
+
+fn changed(backup: &BackupSummary) -> String {
+    let found = format!("{}, found by {}", count(backup.blocks_changed, "block"), backup.detector);
+    if backup.parent.is_some() { format!("{found}: {}", backup.detector_reason) } else { found }
+}
+
+/// What an audit found.
+fn audited(audit: &AuditReport) -> String {
+    let AuditReport { detector, missed_count, serious_count, missed } = audit;
+    if *missed_count == 0 {
+        return format!("audit: {} knew of every block that changed\n", on_one_line(detector));
+    }
+    let blocks = count(*missed_count, "block");
+    let mut text =
+        format!("audit: {} missed {blocks}, {serious_count} of them by more than hint bits\n", on_one_line(detector));
+    for MissedBlock { relation, fork, block, lsn, cause } in missed.iter().take(MISSED_SHOWN) {
+        let _ = writeln!(text, "  {relation} {fork} block {block} at {lsn}: {}", cause.explanation());
+    }
+    text
 }
 
 fn how_to_restore(backup: &BackupSummary, repo: &Path) -> String {
@@ -153,6 +178,7 @@ mod tests {
             seconds: 21.5,
             bytes_read: 123 << 30,
             bytes_written: 212 << 20,
+            audit: None,
             repository_damage: Vec::new(),
         }
     }
