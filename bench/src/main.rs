@@ -21,10 +21,14 @@
 //! | `record` | rounds and their samples |
 //! | `report` | samples to tables and files |
 //! | `machine` | what it ran on |
+//! | `runs` | the files of a run, read again |
+//! | `page`, `chart` | runs to a page with charts |
+//! | `regress` | whether a run is worse than an earlier one |
 //! | `torture` | what is killed and crowded, and whether anything is lost |
 //! | `kernels` | the inner loops, in this process |
 //! | `read` | the bound of all backups: reading everything |
 
+mod chart;
 mod compare;
 mod kernels;
 mod limits;
@@ -33,9 +37,12 @@ mod measure;
 mod merge;
 mod metadata;
 mod nightly;
+mod page;
 mod read;
 mod record;
+mod regress;
 mod report;
+mod runs;
 mod scratch;
 mod simulated;
 mod stage;
@@ -50,10 +57,18 @@ use testdata::Error;
 
 /// Measures pgstrata beside its peers.
 #[derive(Parser)]
-#[command(name = "bench", version)]
+#[command(name = "bench", version, arg_required_else_help = true, args_conflicts_with_subcommands = true)]
 struct Cli {
+    /// Compare the results of two runs, and fail if pgstrata got worse.
+    #[arg(long, num_args = 2, value_names = ["OLD", "NEW"])]
+    compare: Option<Vec<PathBuf>>,
+
+    /// With --compare: how much worse is worse.
+    #[arg(long, value_name = "PERCENT", default_value_t = 5.0, requires = "compare")]
+    threshold: f64,
+
     #[command(subcommand)]
-    workload: Workload,
+    workload: Option<Workload>,
 }
 
 #[derive(Subcommand)]
@@ -68,6 +83,7 @@ enum Workload {
     Limit(limits::LimitArgs),
     Read(ReadArgs),
     Torture(TortureArgs),
+    Report(ReportArgs),
 }
 
 /// Full, incremental, restore and verify on a pgbench cluster, beside cat, `pg_basebackup` and cp.
@@ -248,6 +264,18 @@ struct TortureArgs {
     major: u32,
 }
 
+/// Makes the page with charts of a run again, or one page of several runs.
+#[derive(Args, Debug)]
+struct ReportArgs {
+    /// Directories of results: bench/runs/DATE-NAME.
+    #[arg(required = true, value_name = "DIR")]
+    runs: Vec<PathBuf>,
+
+    /// Where to write the page [default: report.html in the first directory].
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
 /// Reads every file of a data directory that a backup reads; `nightly` runs this beside cat.
 #[derive(Args)]
 #[command(hide = true)]
@@ -261,7 +289,20 @@ struct ReadArgs {
 }
 
 fn main() -> ExitCode {
-    let done = match Cli::parse().workload {
+    let cli = Cli::parse();
+    let done = match (&cli.compare, cli.workload) {
+        (Some(runs), _) => compare_runs(runs, cli.threshold),
+        (None, Some(workload)) => run(workload).map(|()| ExitCode::SUCCESS),
+        (None, None) => Err(Error::new("nothing to do: see --help")),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(workload: Workload) -> Result<(), Error> {
+    match workload {
         Workload::Compare(args) => compare::run(&args),
         Workload::Tps(args) => tps::run(&args),
         Workload::Nightly(args) => nightly::run(&args),
@@ -272,14 +313,18 @@ fn main() -> ExitCode {
         Workload::Torture(args) => torture::run(&args),
         Workload::Limit(args) => limits::run(&args),
         Workload::Read(args) => read::run(&args.data_dir, args.jobs),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
+        Workload::Report(args) => {
+            page::write(&args.runs, args.out.as_deref()).map(|path| println!("written to {}", path.display()))
         }
     }
+}
+
+/// Prints the comparison of two runs; a failure if something got worse.
+fn compare_runs(runs: &[PathBuf], threshold: f64) -> Result<ExitCode, Error> {
+    let [old, new] = runs else { return Err(Error::new("--compare takes two directories")) };
+    let comparison = regress::compare(old, new, threshold / 100.0)?;
+    print!("{}", comparison.text);
+    Ok(if comparison.regressions > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 /// The name becomes part of a directory's.

@@ -11,13 +11,13 @@ use testdata::Result;
 use crate::measure::Usage;
 use crate::record::Recorder;
 use crate::scratch::Scratch;
-use crate::{cannot, machine};
+use crate::{cannot, machine, page};
 
 const GB: f64 = 1e9;
 const MB: f64 = 1e6;
 const BLOCK_LEN: f64 = 8192.0;
 /// Of all processors' time: what others may use while a command runs.
-const DISTURBED: f64 = 0.15;
+pub const DISTURBED: f64 = 0.15;
 
 /// What the table's columns are, where commands work on a cluster.
 pub const LEGEND: &str = "Medians; rates are over the cluster's bytes. CPU: user and system of the process and its \
@@ -187,6 +187,7 @@ impl Run<'_> {
             let path = directory.join(name);
             fs::write(&path, text).map_err(|e| cannot("write", &path, e))?;
         }
+        page::write(std::slice::from_ref(&directory), None)?;
         println!("\nwritten to {}", directory.display());
         Ok(())
     }
@@ -345,12 +346,17 @@ fn ratio(samples: &[Sample], own: Step, peer: Step) -> Option<f64> {
     Spread::of(all).map(|spread| spread.median)
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Spread {
-    count: usize,
-    min: f64,
-    median: f64,
-    max: f64,
+/// Values in short.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Spread {
+    /// How many there are.
+    pub count: usize,
+    /// The least.
+    pub min: f64,
+    /// The one in the middle, or between the two there.
+    pub median: f64,
+    /// The greatest.
+    pub max: f64,
 }
 
 /// The spread of a value over the undisturbed samples of a step, over all if there are none of these; `None` without any.
@@ -364,7 +370,13 @@ fn spread(samples: &[Sample], step: Step, value: fn(&Sample) -> f64) -> Option<S
 }
 
 impl Spread {
-    fn of(mut values: Vec<f64>) -> Option<Self> {
+    /// Of a single value.
+    pub fn one(value: f64) -> Self {
+        Self { count: 1, min: value, median: value, max: value }
+    }
+
+    /// `None` without any value.
+    pub fn of(mut values: Vec<f64>) -> Option<Self> {
         values.sort_by(f64::total_cmp);
         let (min, max) = (*values.first()?, *values.last()?);
         let middle = values.len() / 2;

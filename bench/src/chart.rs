@@ -1,0 +1,396 @@
+//! Charts as SVG text that needs nothing but itself: bars with whiskers, and lines.
+//!
+//! Plotters draws them. What is decided here is what a reader meets: each tool has one colour in all charts, of a palette that
+//! colour-blind people can tell apart (Okabe and Ito), pgstrata's the blue, and what bounds everybody grey; several lines of one tool
+//! differ by their marks too. Names stand beside bars and at the ends of lines, not in a legend. Bars begin at zero. Every axis says its
+//! unit, and ticks are at 1, 2 and 5 times powers of ten.
+//!
+//! Axes are our own ([`Axis`]): the library's logarithmic ones have too few ticks within a decade, and no place for a zero. A zero, where it
+//! means something (nothing changed), gets a place of its own, a decade below the least value.
+//!
+//! The text's size is only estimated, since no font is read: a label of 45 letters fits; a longer one is cut.
+
+use std::ops::Range;
+
+use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+use testdata::{Error, Result};
+
+use crate::report::Spread;
+use crate::runs::{LIMIT, OURS};
+
+/// Pixels; the page shows it so, or smaller.
+const WIDTH: u32 = 900;
+const LINES_HEIGHT: u32 = 400;
+const ROW_HEIGHT: i32 = 26;
+const BAR_HEIGHT: f64 = 0.62;
+/// Room for the names of bars, and at the ends of lines.
+const NAMES_WIDTH: i32 = 300;
+const LABEL_GAP: i32 = 18;
+const AXIS_HEIGHT: i32 = 48;
+const TOP: i32 = 6;
+const FONT: &str = "sans-serif";
+const TEXT_SIZE: f64 = 13.0;
+const LONGEST_NAME: usize = 45;
+const DARK: RGBColor = RGBColor(0x22, 0x22, 0x22);
+const FAINT: RGBColor = RGBColor(0xDD, 0xDD, 0xDD);
+
+/// A tool's colour; tools that are not here share the last one.
+const COLOURS: [(&str, RGBColor); 7] = [
+    (OURS, RGBColor(0x00, 0x72, 0xB2)),
+    ("pg_basebackup", RGBColor(0xE6, 0x9F, 0x00)),
+    ("pg_combinebackup", RGBColor(0xE6, 0x9F, 0x00)),
+    ("pgbackrest", RGBColor(0xD5, 0x5E, 0x00)),
+    ("wal-rus", RGBColor(0xCC, 0x79, 0xA7)),
+    ("barman", RGBColor(0x00, 0x9E, 0x73)),
+    (LIMIT, RGBColor(0x99, 0x99, 0x99)),
+];
+const OTHERS: RGBColor = RGBColor(0x56, 0xB4, 0xE9);
+
+fn colour(tool: &str) -> RGBColor {
+    COLOURS.iter().find(|(name, _)| *name == tool).map_or(OTHERS, |(_, colour)| *colour)
+}
+
+/// A row of a bar chart.
+pub struct Bar {
+    /// Its name.
+    pub name: String,
+    /// Whose it is.
+    pub tool: String,
+    /// One value for each column, if it has that.
+    pub values: Vec<Option<Spread>>,
+}
+
+/// Bars, a row for each and a plot for each of the columns, which are named with their units.
+///
+/// # Errors
+/// `Bug`, of the library that draws.
+pub fn bars(columns: &[&str], rows: &[Bar]) -> Result<String> {
+    let height = TOP + ROW_HEIGHT * i32::try_from(rows.len()).unwrap_or(0) + AXIS_HEIGHT;
+    draw((WIDTH, height.unsigned_abs()), |area| {
+        for (row, bar) in (0..).zip(rows) {
+            let middle = TOP + ROW_HEIGHT * row + ROW_HEIGHT / 2;
+            area.draw(&Text::new(cut(&bar.name), (NAMES_WIDTH - 8, middle), text(HPos::Right)))?;
+        }
+        let (_, plots) = area.split_horizontally(NAMES_WIDTH);
+        for (index, (plot, column)) in plots.split_evenly((1, columns.len())).iter().zip(columns).enumerate() {
+            let of = |bar: &Bar| Some((bar.values.get(index).copied().flatten()?, colour(&bar.tool)));
+            bar_plot(plot, column, &rows.iter().map(of).collect::<Vec<_>>())?;
+        }
+        Ok(())
+    })
+}
+
+fn bar_plot(area: &Area<'_>, title: &str, bars: &[Option<(Spread, RGBColor)>]) -> Drawn {
+    let greatest = bars.iter().flatten().map(|(spread, _)| spread.max).fold(0.0, f64::max);
+    // The value stands behind the bar.
+    let axis = Axis::linear(if greatest > 0.0 { greatest * 1.25 } else { 1.0 });
+    let mut chart = ChartBuilder::on(area)
+        .margin_top(TOP)
+        .margin_right(12)
+        .x_label_area_size(AXIS_HEIGHT)
+        .build_cartesian_2d(axis, (bars.len() as f64)..0.0)?;
+    chart
+        .configure_mesh()
+        .disable_y_mesh()
+        .disable_y_axis()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(FAINT)
+        .axis_style(DARK)
+        .x_desc(title)
+        .label_style(text(HPos::Center))
+        .axis_desc_style(text(HPos::Center))
+        .draw()?;
+    for (row, bar) in bars.iter().enumerate() {
+        let Some((spread, colour)) = bar else { continue };
+        let middle = row as f64 + 0.5;
+        let (top, bottom) = (middle - BAR_HEIGHT / 2.0, middle + BAR_HEIGHT / 2.0);
+        chart.draw_series([Rectangle::new([(0.0, top), (spread.median, bottom)], colour.filled())])?;
+        chart.draw_series(whisker(spread).map(|line| {
+            let placed = line.map(|(along, across)| (along, middle + across * BAR_HEIGHT / 4.0));
+            PathElement::new(placed.to_vec(), DARK.stroke_width(1))
+        }))?;
+        let value = EmptyElement::at((spread.max, middle)) + Text::new(number(spread.median), (6, 0), text(HPos::Left));
+        chart.draw_series([value])?;
+    }
+    Ok(())
+}
+
+/// The lines of a whisker from the least to the greatest value: along the value, and across from -1 to 1. None, where there is one value.
+fn whisker(spread: &Spread) -> impl Iterator<Item = [(f64, f64); 2]> + use<> {
+    let Spread { min, max, .. } = *spread;
+    let lines = [[(min, 0.0), (max, 0.0)], [(min, -1.0), (min, 1.0)], [(max, -1.0), (max, 1.0)]];
+    lines.into_iter().filter(move |_| max > min)
+}
+
+/// A line of a line chart.
+pub struct Line {
+    /// Its name.
+    pub name: String,
+    /// Whose it is.
+    pub tool: String,
+    /// Values along the horizontal axis, ascending, with what is told of each.
+    pub points: Vec<(f64, Spread)>,
+}
+
+/// How an axis is divided.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scale {
+    /// From zero.
+    Linear,
+    /// By powers of ten; a zero has a place of its own.
+    Logarithmic,
+}
+
+/// Lines, with whiskers at their points; axes are named with their units.
+///
+/// # Errors
+/// `Bug`, of the library that draws.
+pub fn lines(along: (&str, Scale), up: (&str, Scale), lines: &[Line]) -> Result<String> {
+    let points = || lines.iter().flat_map(|line| &line.points);
+    let x = Axis::of(along.1, points().map(|(x, _)| *x));
+    let y = Axis::of(up.1, points().flat_map(|(_, spread)| [spread.min, spread.max]));
+    draw((WIDTH, LINES_HEIGHT), |area| {
+        let (plot, _) = area.split_horizontally(WIDTH as i32 - NAMES_WIDTH);
+        let mut chart = ChartBuilder::on(&plot)
+            .margin_top(14)
+            .margin_right(14)
+            .margin_left(4)
+            .x_label_area_size(AXIS_HEIGHT)
+            .y_label_area_size(66)
+            .build_cartesian_2d(x, y)?;
+        chart
+            .configure_mesh()
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(FAINT)
+            .axis_style(DARK)
+            .x_desc(along.0)
+            .y_desc(up.0)
+            .label_style(text(HPos::Center))
+            .axis_desc_style(text(HPos::Center))
+            .draw()?;
+        let mut names = Vec::new();
+        for (index, line) in lines.iter().enumerate() {
+            let style = Style { colour: colour(&line.tool), mark: nth_of_tool(lines, index) };
+            let end = draw_line(area, |along, up| chart.backend_coord(&(along, up)), line, style)?;
+            names.extend(end.map(|end| Name { text: cut(&line.name), style, end, at: end.1 }));
+        }
+        names.sort_by_key(|name| name.end.1);
+        spread_out(&mut names, LINES_HEIGHT as i32 - AXIS_HEIGHT);
+        names.iter().try_for_each(|name| name.draw(area))
+    })
+}
+
+/// How a line is drawn.
+#[derive(Clone, Copy)]
+struct Style {
+    colour: RGBColor,
+    /// Which mark its points have.
+    mark: usize,
+}
+
+/// How many lines of the same colour come before.
+fn nth_of_tool(lines: &[Line], index: usize) -> usize {
+    lines[..index].iter().filter(|line| colour(&line.tool) == colour(&lines[index].tool)).count()
+}
+
+/// A place in the picture, in pixels from the left and from the top.
+type Pixel = (i32, i32);
+
+/// Draws a line and says where it ends.
+fn draw_line(area: &Area<'_>, pixel: impl Fn(f64, f64) -> Pixel, line: &Line, style: Style) -> DrawnAs<Option<Pixel>> {
+    let middles: Vec<Pixel> = line.points.iter().map(|(along, spread)| pixel(*along, spread.median)).collect();
+    area.draw(&PathElement::new(middles.clone(), style.colour.stroke_width(2)))?;
+    for (along, spread) in line.points.iter().filter(|(_, spread)| spread.max > spread.min) {
+        let whisker = [pixel(*along, spread.min), pixel(*along, spread.max)];
+        area.draw(&PathElement::new(whisker.to_vec(), style.colour.stroke_width(1)))?;
+    }
+    middles.iter().try_for_each(|middle| draw_mark(area, *middle, style))?;
+    Ok(middles.last().copied())
+}
+
+/// One of four marks.
+fn draw_mark(area: &Area<'_>, at: Pixel, Style { colour, mark }: Style) -> Drawn {
+    match mark % 4 {
+        0 => area.draw(&Circle::new(at, 4, colour.filled())),
+        1 => area.draw(&TriangleMarker::new(at, 6, colour.filled())),
+        2 => {
+            area.draw(&Circle::new(at, 4, WHITE.filled()))?;
+            area.draw(&Circle::new(at, 4, colour.stroke_width(2)))
+        }
+        _ => area.draw(&Cross::new(at, 4, colour.stroke_width(2))),
+    }
+}
+
+/// What is written at the end of a line.
+struct Name {
+    text: String,
+    style: Style,
+    /// Where the line ends.
+    end: Pixel,
+    /// How far down the name is.
+    at: i32,
+}
+
+impl Name {
+    fn draw(&self, area: &Area<'_>) -> Drawn {
+        let left = WIDTH as i32 - NAMES_WIDTH;
+        let leader = vec![(self.end.0 + 6, self.end.1), (left, self.at), (left + 8, self.at)];
+        area.draw(&PathElement::new(leader, self.style.colour.mix(0.5).stroke_width(1)))?;
+        draw_mark(area, (left + 14, self.at), self.style)?;
+        area.draw(&Text::new(self.text.clone(), (left + 26, self.at), text(HPos::Left)))
+    }
+}
+
+/// Moves names, which come from top to bottom, so that none lies on another and none below `bottom`.
+fn spread_out(names: &mut [Name], bottom: i32) {
+    let mut free = TOP + LABEL_GAP / 2;
+    for name in names.iter_mut() {
+        name.at = name.at.max(free);
+        free = name.at + LABEL_GAP;
+    }
+    let mut free = bottom;
+    for name in names.iter_mut().rev() {
+        name.at = name.at.min(free);
+        free = name.at - LABEL_GAP;
+    }
+}
+
+/// An axis: how values are placed on it, and where it has ticks.
+#[derive(Debug, PartialEq)]
+struct Axis {
+    scale: Scale,
+    /// Values; ascending. The first tick is the axis' begin, unless it is linear, and the last its end.
+    ticks: Vec<f64>,
+    end: f64,
+    /// Where a zero is placed on a logarithmic axis.
+    zero: Option<f64>,
+}
+
+impl Axis {
+    fn linear(end: f64) -> Self {
+        let about = end / 5.0;
+        let power = 10_f64.powf(about.log10().floor());
+        let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|factor| factor * power).find(|step| *step >= about);
+        let step = step.unwrap_or(about);
+        let ticks = (0..).map(|number| f64::from(number) * step).take_while(|tick| *tick <= end * 1.000_001);
+        Self { scale: Scale::Linear, ticks: ticks.collect(), end, zero: None }
+    }
+
+    /// An axis for these values, none of them below zero.
+    fn of(scale: Scale, values: impl Iterator<Item = f64> + Clone) -> Self {
+        let greatest = values.clone().fold(0.0, f64::max);
+        let least = values.clone().filter(|value| *value > 0.0).fold(f64::INFINITY, f64::min);
+        if scale == Scale::Linear || !least.is_finite() {
+            return Self::linear(if greatest > 0.0 { greatest * 1.05 } else { 1.0 });
+        }
+        let power = least.log10().floor();
+        let has_zero = values.clone().any(|value| value <= 0.0);
+        let zero = has_zero.then(|| 10_f64.powf(power - 1.0));
+        let begin = [5.0, 2.0, 1.0].map(|factor| factor * 10_f64.powf(power));
+        let begin = begin.into_iter().find(|tick| *tick <= least * 1.000_001).unwrap_or(least);
+        let mut ticks: Vec<f64> = zero.into_iter().collect();
+        let mut tick = begin;
+        while ticks.last().is_none_or(|last| *last < greatest * 0.999_999) || tick == begin {
+            ticks.push(tick);
+            tick = next_tick(tick);
+        }
+        let end = ticks.last().copied().unwrap_or(greatest);
+        Self { scale, ticks: thinned(ticks, zero.is_some()), end, zero }
+    }
+
+    /// What a value's distance on the axis goes by.
+    fn place(&self, value: f64) -> f64 {
+        match (self.scale, self.zero) {
+            (Scale::Linear, _) => value,
+            (Scale::Logarithmic, Some(zero)) if value <= 0.0 => zero.log10(),
+            (Scale::Logarithmic, _) => value.max(f64::MIN_POSITIVE).log10(),
+        }
+    }
+
+    fn begin(&self) -> f64 {
+        if self.scale == Scale::Linear { 0.0 } else { self.ticks.first().copied().unwrap_or(1.0) }
+    }
+}
+
+impl Ranged for Axis {
+    type FormatOption = NoDefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, (from, to): (i32, i32)) -> i32 {
+        let (begin, end) = (self.place(self.begin()), self.place(self.end));
+        from + ((self.place(*value) - begin) / (end - begin) * f64::from(to - from)).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
+        if hint.weight().allow_light_points() { Vec::new() } else { self.ticks.clone() }
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.begin()..self.end
+    }
+}
+
+impl ValueFormatter<f64> for Axis {
+    fn format_ext(&self, value: &f64) -> String {
+        if self.zero == Some(*value) { "0".to_owned() } else { number(*value) }
+    }
+}
+
+/// The next of 1, 2 and 5 times powers of ten.
+fn next_tick(tick: f64) -> f64 {
+    let power = 10_f64.powf((tick * 1.000_001).log10().floor());
+    match (tick / power).round() as u32 {
+        1 => 2.0 * power,
+        2 => 5.0 * power,
+        _ => 10.0 * power,
+    }
+}
+
+/// Ticks of which there are not too many: at most about a dozen, then at powers of ten only; the first, where it is a zero, stays.
+fn thinned(ticks: Vec<f64>, keep_first: bool) -> Vec<f64> {
+    if ticks.len() <= 12 {
+        return ticks;
+    }
+    let is_power = |tick: f64| (tick.log10() - tick.log10().round()).abs() < 1e-6;
+    let kept = ticks.into_iter().enumerate().filter(|(at, tick)| is_power(*tick) || *at == 0 && keep_first);
+    kept.map(|(_, tick)| tick).collect()
+}
+
+/// A number with three digits that count, and none that don't.
+pub fn number(value: f64) -> String {
+    let decimals = match value.abs() {
+        0.0 => 0,
+        size if size >= 99.95 => 0,
+        size if size >= 9.995 => 1,
+        size if size >= 0.9995 => 2,
+        size => 2 - size.log10().floor() as i32,
+    };
+    let text = format!("{value:.*}", usize::try_from(decimals).unwrap_or(0).min(9));
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
+}
+
+fn cut(name: &str) -> String {
+    if name.chars().count() <= LONGEST_NAME {
+        return name.to_owned();
+    }
+    name.chars().take(LONGEST_NAME - 1).chain(['…']).collect()
+}
+
+fn text(side: HPos) -> TextStyle<'static> {
+    (FONT, TEXT_SIZE).into_font().color(&DARK).pos(Pos::new(side, VPos::Center))
+}
+
+type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
+type DrawnAs<T> = std::result::Result<T, DrawingAreaErrorKind<std::io::Error>>;
+type Drawn = DrawnAs<()>;
+
+fn draw((width, height): (u32, u32), paint: impl FnOnce(&Area<'_>) -> Drawn) -> Result<String> {
+    let mut svg = String::new();
+    let area = SVGBackend::with_string(&mut svg, (width, height)).into_drawing_area();
+    let painted = area.fill(&WHITE).and_then(|()| paint(&area)).and_then(|()| area.present());
+    drop(area);
+    painted.map_err(|e| Error::new(format!("a chart cannot be drawn: {e}")))?;
+    Ok(svg)
+}
