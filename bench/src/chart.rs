@@ -22,17 +22,22 @@ use crate::runs::{LIMIT, OURS};
 
 /// Pixels; the page shows it so, or smaller.
 const WIDTH: u32 = 900;
-const LINES_HEIGHT: u32 = 400;
+const LINES_HEIGHT: i32 = 380;
 const ROW_HEIGHT: i32 = 26;
 const BAR_HEIGHT: f64 = 0.62;
 /// Room for the names of bars, and at the ends of lines.
 const NAMES_WIDTH: i32 = 300;
 const LABEL_GAP: i32 = 18;
-const AXIS_HEIGHT: i32 = 48;
+const AXIS_HEIGHT: i32 = 46;
 const TOP: i32 = 6;
 const FONT: &str = "sans-serif";
-const TEXT_SIZE: f64 = 13.0;
+/// Plotters' unit: in the picture it is four fifths of that, in pixels.
+const TEXT_SIZE: f64 = 16.0;
 const LONGEST_NAME: usize = 45;
+/// Ticks of a logarithmic axis at most; if there were more, they are at powers of ten only.
+const MOST_TICKS: usize = 12;
+/// What two numbers that are the same differ by at most, as a factor.
+const EXACT: f64 = 1.0 - 1e-9;
 const DARK: RGBColor = RGBColor(0x22, 0x22, 0x22);
 const FAINT: RGBColor = RGBColor(0xDD, 0xDD, 0xDD);
 
@@ -151,7 +156,9 @@ pub fn lines(along: (&str, Scale), up: (&str, Scale), lines: &[Line]) -> Result<
     let points = || lines.iter().flat_map(|line| &line.points);
     let x = Axis::of(along.1, points().map(|(x, _)| *x));
     let y = Axis::of(up.1, points().flat_map(|(_, spread)| [spread.min, spread.max]));
-    draw((WIDTH, LINES_HEIGHT), |area| {
+    let names_height = LABEL_GAP * i32::try_from(lines.len()).unwrap_or(0) + TOP;
+    let height = LINES_HEIGHT.max(names_height + AXIS_HEIGHT);
+    draw((WIDTH, height.unsigned_abs()), |area| {
         let (plot, _) = area.split_horizontally(WIDTH as i32 - NAMES_WIDTH);
         let mut chart = ChartBuilder::on(&plot)
             .margin_top(14)
@@ -177,7 +184,7 @@ pub fn lines(along: (&str, Scale), up: (&str, Scale), lines: &[Line]) -> Result<
             names.extend(end.map(|end| Name { text: cut(&line.name), style, end, at: end.1 }));
         }
         names.sort_by_key(|name| name.end.1);
-        spread_out(&mut names, LINES_HEIGHT as i32 - AXIS_HEIGHT);
+        spread_out(&mut names, height - AXIS_HEIGHT);
         names.iter().try_for_each(|name| name.draw(area))
     })
 }
@@ -258,12 +265,13 @@ fn spread_out(names: &mut [Name], bottom: i32) {
 }
 
 /// An axis: how values are placed on it, and where it has ticks.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 struct Axis {
     scale: Scale,
-    /// Values; ascending. The first tick is the axis' begin, unless it is linear, and the last its end.
-    ticks: Vec<f64>,
+    begin: f64,
     end: f64,
+    /// Values; ascending.
+    ticks: Vec<f64>,
     /// Where a zero is placed on a logarithmic axis.
     zero: Option<f64>,
 }
@@ -271,11 +279,9 @@ struct Axis {
 impl Axis {
     fn linear(end: f64) -> Self {
         let about = end / 5.0;
-        let power = 10_f64.powf(about.log10().floor());
-        let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|factor| factor * power).find(|step| *step >= about);
-        let step = step.unwrap_or(about);
-        let ticks = (0..).map(|number| f64::from(number) * step).take_while(|tick| *tick <= end * 1.000_001);
-        Self { scale: Scale::Linear, ticks: ticks.collect(), end, zero: None }
+        let step = steps(about).find(|step| *step >= about * EXACT).unwrap_or(about);
+        let ticks = (0..).map(|number| f64::from(number) * step).take_while(|tick| *tick * EXACT <= end);
+        Self { scale: Scale::Linear, begin: 0.0, end, ticks: ticks.collect(), zero: None }
     }
 
     /// An axis for these values, none of them below zero.
@@ -285,19 +291,14 @@ impl Axis {
         if scale == Scale::Linear || !least.is_finite() {
             return Self::linear(if greatest > 0.0 { greatest * 1.05 } else { 1.0 });
         }
-        let power = least.log10().floor();
-        let has_zero = values.clone().any(|value| value <= 0.0);
-        let zero = has_zero.then(|| 10_f64.powf(power - 1.0));
-        let begin = [5.0, 2.0, 1.0].map(|factor| factor * 10_f64.powf(power));
-        let begin = begin.into_iter().find(|tick| *tick <= least * 1.000_001).unwrap_or(least);
-        let mut ticks: Vec<f64> = zero.into_iter().collect();
-        let mut tick = begin;
-        while ticks.last().is_none_or(|last| *last < greatest * 0.999_999) || tick == begin {
-            ticks.push(tick);
-            tick = next_tick(tick);
+        let mut ticks = ticks_around(least, greatest, steps);
+        if ticks.len() > MOST_TICKS {
+            ticks = ticks_around(least, greatest, powers);
         }
-        let end = ticks.last().copied().unwrap_or(greatest);
-        Self { scale, ticks: thinned(ticks, zero.is_some()), end, zero }
+        let zero = values.clone().any(|value| value <= 0.0).then(|| ticks[0] / 10.0);
+        ticks.splice(0..0, zero);
+        let (begin, end) = (ticks[0], ticks[ticks.len() - 1]);
+        Self { scale, begin, end, ticks, zero }
     }
 
     /// What a value's distance on the axis goes by.
@@ -308,10 +309,6 @@ impl Axis {
             (Scale::Logarithmic, _) => value.max(f64::MIN_POSITIVE).log10(),
         }
     }
-
-    fn begin(&self) -> f64 {
-        if self.scale == Scale::Linear { 0.0 } else { self.ticks.first().copied().unwrap_or(1.0) }
-    }
 }
 
 impl Ranged for Axis {
@@ -319,7 +316,7 @@ impl Ranged for Axis {
     type ValueType = f64;
 
     fn map(&self, value: &f64, (from, to): (i32, i32)) -> i32 {
-        let (begin, end) = (self.place(self.begin()), self.place(self.end));
+        let (begin, end) = (self.place(self.begin), self.place(self.end));
         from + ((self.place(*value) - begin) / (end - begin) * f64::from(to - from)).round() as i32
     }
 
@@ -328,7 +325,7 @@ impl Ranged for Axis {
     }
 
     fn range(&self) -> Range<f64> {
-        self.begin()..self.end
+        self.begin..self.end
     }
 }
 
@@ -338,24 +335,30 @@ impl ValueFormatter<f64> for Axis {
     }
 }
 
-/// The next of 1, 2 and 5 times powers of ten.
-fn next_tick(tick: f64) -> f64 {
-    let power = 10_f64.powf((tick * 1.000_001).log10().floor());
-    match (tick / power).round() as u32 {
-        1 => 2.0 * power,
-        2 => 5.0 * power,
-        _ => 10.0 * power,
-    }
+/// 1, 2 and 5 times powers of ten, ascending, from the power at or below `from`.
+fn steps(from: f64) -> impl Iterator<Item = f64> {
+    powers(from).flat_map(|power| [1.0, 2.0, 5.0].map(|factor| factor * power))
 }
 
-/// Ticks of which there are not too many: at most about a dozen, then at powers of ten only; the first, where it is a zero, stays.
-fn thinned(ticks: Vec<f64>, keep_first: bool) -> Vec<f64> {
-    if ticks.len() <= 12 {
-        return ticks;
+/// Powers of ten, ascending, from the one at or below `from`.
+fn powers(from: f64) -> impl Iterator<Item = f64> {
+    let first = (from * EXACT.recip()).log10().floor() as i32;
+    (first..).map(|exponent| 10_f64.powi(exponent))
+}
+
+/// Those of `ticks` from the last at or below `least` to the first at or above `greatest`; at least two.
+fn ticks_around<I: Iterator<Item = f64>>(least: f64, greatest: f64, ticks: fn(f64) -> I) -> Vec<f64> {
+    let mut around: Vec<f64> = Vec::new();
+    for tick in ticks(least) {
+        if tick * EXACT <= least {
+            around.clear();
+        }
+        around.push(tick);
+        if tick >= greatest * EXACT && around.len() > 1 {
+            break;
+        }
     }
-    let is_power = |tick: f64| (tick.log10() - tick.log10().round()).abs() < 1e-6;
-    let kept = ticks.into_iter().enumerate().filter(|(at, tick)| is_power(*tick) || *at == 0 && keep_first);
-    kept.map(|(_, tick)| tick).collect()
+    around
 }
 
 /// A number with three digits that count, and none that don't.
@@ -393,4 +396,61 @@ fn draw((width, height): (u32, u32), paint: impl FnOnce(&Area<'_>) -> Drawn) -> 
     drop(area);
     painted.map_err(|e| Error::new(format!("a chart cannot be drawn: {e}")))?;
     Ok(svg)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn logarithmic(values: &[f64]) -> Axis {
+        Axis::of(Scale::Logarithmic, values.iter().copied())
+    }
+
+    fn labels(axis: &Axis) -> String {
+        axis.ticks.iter().map(|tick| axis.format_ext(tick)).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn ticks_are_at_1_2_and_5_times_powers_of_ten_and_enclose_the_values() {
+        assert_eq!(labels(&Axis::of(Scale::Linear, [0.3, 8.0].into_iter())), "0 2 4 6 8");
+        assert_eq!(labels(&logarithmic(&[0.3, 8.0])), "0.2 0.5 1 2 5 10");
+        assert_eq!(labels(&logarithmic(&[0.1, 1.0])), "0.1 0.2 0.5 1");
+        assert_eq!(labels(&logarithmic(&[3.0, 3.0])), "2 5");
+        assert_eq!(labels(&logarithmic(&[1.0])), "1 2");
+        assert_eq!(labels(&logarithmic(&[0.05, 480_000.0])), "0.01 0.1 1 10 100 1000 10000 100000 1000000");
+    }
+
+    #[test]
+    fn a_zero_has_a_place_of_its_own_on_a_logarithmic_axis() {
+        let axis = logarithmic(&[0.0, 0.1, 10.0]);
+        assert_eq!(labels(&axis), "0 0.1 0.2 0.5 1 2 5 10");
+        assert_eq!([0.0, 0.1, 10.0].map(|value| axis.map(&value, (0, 300))), [0, 100, 300]);
+    }
+
+    #[test]
+    fn an_axis_of_nothing_but_zero_can_be_drawn() {
+        assert_eq!(logarithmic(&[0.0]).end, 1.0);
+        bars(&["s"], &[Bar { name: "x".to_owned(), tool: "cat".to_owned(), values: vec![Some(Spread::one(0.0))] }])
+            .unwrap();
+    }
+
+    #[test]
+    fn numbers_have_three_digits_that_count() {
+        let shown = [0.0, 0.004_237, 0.745_1, 1.0, 9.999, 12.34, 99.99, 1608.6].map(number);
+        assert_eq!(shown, ["0", "0.00424", "0.745", "1", "10", "12.3", "100", "1609"]);
+    }
+
+    #[test]
+    fn names_at_the_ends_of_lines_do_not_lie_on_each_other() {
+        let style = Style { colour: OTHERS, mark: 0 };
+        let name = |at| Name { text: String::new(), style, end: (0, at), at };
+        let mut names = [10, 12, 200, 201, 202].map(name);
+        spread_out(&mut names, 210);
+        assert_eq!(names.map(|name| name.at), [15, 33, 174, 192, 210]);
+    }
+
+    #[test]
+    fn a_long_name_is_cut() {
+        assert_eq!(cut(&"x".repeat(60)).chars().count(), LONGEST_NAME);
+    }
 }

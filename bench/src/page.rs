@@ -20,7 +20,7 @@ use testdata::Result;
 use crate::cannot;
 use crate::chart::{self, Bar, Line, Scale, number};
 use crate::report::Spread;
-use crate::runs::{Group, LIMIT, Namer, OURS, Row, Run, grouped, groups};
+use crate::runs::{Condition, Group, LIMIT, Namer, OURS, Row, Run, by_conditions, grouped, groups};
 
 /// The page's file in a run's directory.
 pub const FILE: &str = "report.html";
@@ -42,12 +42,21 @@ const ACTIONS: [(&str, &str, &[&str]); 6] = [
 /// Those that store something, of which it matters how much.
 const STORING: [&str; 3] = ["full", "incremental", "merge"];
 const TPS: &str = "tps";
+/// What the page calls all else.
+const OTHERS: &str = "Others";
+/// What is the same for all in a panel or a chart.
+const SAME: [Condition; 5] =
+    [Condition::Nightly, Condition::Share, Condition::Churn, Condition::Cluster, Condition::Cache];
+/// The same, where the share that changed is told otherwise.
+const SAME_BUT_SHARE: [Condition; 3] = [Condition::Churn, Condition::Cluster, Condition::Cache];
+/// The same over a history, which begins with a backup before which nothing changed.
+const SAME_HISTORY: [Condition; 2] = [Condition::Cluster, Condition::Cache];
 
 const CSS: &str = "
 body { color: #222; background: #fff; font: 15px/1.45 sans-serif; max-width: 900px; margin: 24px auto; padding: 0 12px; }
 h1 { font-size: 24px; } h2 { font-size: 20px; margin-top: 40px; border-bottom: 1px solid #ccc; } h3 { font-size: 16px; margin: 28px 0 4px; }
 svg { display: block; max-width: 100%; height: auto; }
-figure { margin: 8px 0; } figcaption, .note { color: #444; font-size: 13px; }
+figure { margin: 8px 0; } figcaption { margin-top: 6px; } figcaption, .note { color: #444; font-size: 13px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; margin: 6px 0; width: 100%; }
 th, td { padding: 2px 6px; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e4e4; font-variant-numeric: tabular-nums; }
@@ -74,10 +83,7 @@ pub fn write(directories: &[PathBuf], to: Option<&Path>) -> Result<PathBuf> {
 /// # Errors
 /// `Bug`, of the library that draws.
 pub fn page(runs: &[Run]) -> Result<String> {
-    let title = match runs {
-        [run] => run.name.clone(),
-        _ => format!("{} runs", runs.len()),
-    };
+    let title = runs.iter().map(|run| run.name.as_str()).collect::<Vec<_>>().join(", ");
     let bodies = runs.iter().map(run_body).collect::<Result<Vec<_>>>()?;
     let page = html! {
         (DOCTYPE)
@@ -89,7 +95,7 @@ pub fn page(runs: &[Run]) -> Result<String> {
                 style { (PreEscaped(CSS)) }
             }
             body {
-                h1 { "pgstrata bench: " (title) }
+                h1 { "pgstrata bench" }
                 (by_size(runs)?)
                 @for body in &bodies { (body) }
             }
@@ -132,54 +138,60 @@ struct Panel<'a> {
 }
 
 fn panels(run: &Run) -> Vec<Panel<'_>> {
-    let mut panels = Vec::new();
-    let shown = |action: &str| ACTIONS.iter().any(|(shown, ..)| *shown == action);
-    for (action, title, bounds) in ACTIONS {
-        panels.extend(panels_of(run, title, bounds, |row| row.action == action));
-    }
-    let bounding = |row: &Row| row.tool == LIMIT;
-    panels.extend(panels_of(run, "Others", &[], |row| !shown(&row.action) && row.action != TPS && !bounding(row)));
-    panels
+    let titles = Namer::of(&run.rows, &SAME);
+    beside_each_other(&run.rows.iter().collect::<Vec<_>>())
+        .into_iter()
+        .map(|(action, beside)| Panel::new(&titles, action, beside))
+        .collect()
 }
 
-/// A panel for each cluster, churn and share; bounds belong to all of the same cluster.
-fn panels_of<'a>(run: &'a Run, title: &str, bounds: &[&str], belongs: impl Fn(&Row) -> bool) -> Vec<Panel<'a>> {
-    let is_bound = |row: &Row| row.tool == LIMIT && bounds.contains(&row.action.as_str());
-    let rows = run.rows.iter().filter(|row| row.tool != LIMIT && belongs(row));
-    let mut panels = Vec::new();
-    for alike in grouped(rows, |one, other| conditions(one) == conditions(other)) {
-        let first = alike.first();
-        let bounding = run.rows.iter().filter(|row| is_bound(row) && row.cluster == first.cluster);
-        let rows: Vec<&Row> = alike.rows.iter().copied().chain(bounding).collect();
-        let namer = Namer::of(rows.iter().copied());
-        let groups = groups(rows);
+/// Puts together who did the same under the same conditions, and adds the bounds on the same cluster with the same caches.
+fn beside_each_other<'a>(rows: &[&'a Row]) -> Vec<(&'static str, Group<'a>)> {
+    let is_other = |row: &Row| row.action != TPS && !ACTIONS.iter().any(|(action, ..)| *action == row.action);
+    let mut all = Vec::new();
+    for (action, title, bounds) in ACTIONS.into_iter().chain([("", OTHERS, &[][..])]) {
+        let belongs = |row: &Row| row.action == action || action.is_empty() && is_other(row);
+        let own = rows.iter().copied().filter(|row| row.tool != LIMIT && belongs(row));
+        for mut beside in by_conditions(own, &SAME) {
+            let (cluster, cache) = (&beside.first().cluster, &beside.first().cache);
+            let fits = |row: &Row| row.cluster == *cluster && [cache.as_str(), ""].contains(&row.cache.as_str());
+            let bounding = |row: &&&Row| row.tool == LIMIT && bounds.contains(&row.action.as_str()) && fits(row);
+            beside.rows.extend(rows.iter().filter(bounding));
+            all.push((title, beside));
+        }
+    }
+    all
+}
+
+impl<'a> Panel<'a> {
+    fn new(titles: &Namer, title: &str, beside: Group<'a>) -> Self {
+        let first = beside.first();
+        let namer = Namer::of(beside.rows.iter().copied(), &[Condition::Jobs]);
+        let groups = groups(beside.rows);
         let star = |group: &Group| if group.is_disturbed() { " *" } else { "" };
         let name = |group: &Group| namer.name(&group.first().step, group.first()) + star(group);
-        let (cluster, churn, share) = conditions(first);
-        let share = if share.is_empty() { String::new() } else { format!("{share} % changed") };
-        let parts = [title, &share, churn, cluster].into_iter().filter(|part| !part.is_empty());
-        panels.push(Panel {
-            title: parts.collect::<Vec<_>>().join(", "),
+        Self {
+            title: titles.name(title, first),
             stores: STORING.contains(&first.action.as_str()),
             names: groups.iter().map(name).collect(),
             groups,
-        });
+        }
     }
-    panels
-}
-
-fn conditions(row: &Row) -> (&str, &str, &str) {
-    (&row.cluster, &row.churn, &row.share_changed)
 }
 
 impl Panel<'_> {
     fn shown(&self) -> Result<Markup> {
         let chart = chart::bars(&self.columns(), &self.bars())?;
-        let reference = self.groups.iter().zip(&self.names).find(|(group, _)| group.first().is_ours());
+        let caption = match self.stores {
+            true => "Longer is faster on the left, and more bytes on the right.",
+            false => "Longer is faster.",
+        };
+        let several = self.groups.len() > 1;
+        let reference = self.groups.iter().zip(&self.names).find(|(group, _)| several && group.first().is_ours());
         let beside = reference.map(|(_, name)| name.trim_end_matches(" *"));
         Ok(html! {
             h3 { (self.title) }
-            (figure(&chart, ""))
+            (figure(&chart, caption))
             .wide { table {
                 tr {
                     th {} th { "runs" } th { "wall s" } th { "min .. max" } th { "GB/s" } th { "CPU s" } th { "server s" }
@@ -205,7 +217,7 @@ impl Panel<'_> {
         let bar = |(group, name): (&Group, &String)| {
             let stored = group.spread(|row| row.bytes_written as f64 / MB);
             let stored = stored.filter(|_| group.first().tool != LIMIT);
-            let values = [group.spread(Row::rate), stored];
+            let values = [group.rate(), stored];
             Bar {
                 name: name.clone(),
                 tool: group.first().tool.clone(),
@@ -228,7 +240,7 @@ fn table_row(group: &Group<'_>, name: &str, reference: Option<&Group<'_>>) -> Ma
             td { (wall.count) @if wall.count < group.rows.len() { " of " (group.rows.len()) } }
             td { (format!("{:.3}", wall.median)) }
             td { (format!("{:.3} .. {:.3}", wall.min, wall.max)) }
-            td { (number(of(Row::rate))) }
+            td { (number(group.rate().unwrap_or_default().median)) }
             td { (format!("{:.2}", of(Row::cpu_s))) }
             td { (format!("{:.2}", of(|row| row.server_cpu_s))) }
             td { (format!("{:.0}", of(|row| row.peak_rss_bytes as f64 / MB))) }
@@ -269,28 +281,24 @@ fn lines_of<'a>(
 
 /// Cost against the cluster's size.
 fn by_size(runs: &[Run]) -> Result<Markup> {
+    let rows: Vec<&Row> = runs.iter().flat_map(|run| &run.rows).collect();
+    let titles = Namer::of(rows.iter().copied(), &SAME);
+    let names = Namer::of(rows.iter().copied(), &[Condition::Jobs]);
+    let size = |row: &Row| Some(row.cluster_bytes as f64 / GB);
+    let are_one = |one: f64, other: f64| (one - other).abs() <= SAME_SIZE * one;
+    let axes = (("cluster, GB", Scale::Logarithmic), ("wall time, s", Scale::Logarithmic));
     let mut charts = Vec::new();
-    let rows = || runs.iter().flat_map(|run| &run.rows);
-    let is_known = |action: &str| ACTIONS.iter().any(|(known, ..)| *known == action);
-    let others = rows().map(|row| row.action.as_str()).filter(|action| !is_known(action) && *action != TPS);
-    let mut actions: Vec<(&str, &str)> = ACTIONS.iter().map(|(action, title, _)| (*action, *title)).collect();
-    actions.extend(others.map(|action| (action, action)));
-    actions.dedup();
-    for (action, title) in actions {
-        let rows: Vec<&Row> = rows().filter(|row| row.action == action).collect();
-        let namer = Namer::of(rows.iter().copied());
-        let size = |row: &Row| Some(row.cluster_bytes as f64 / GB);
-        let are_one = |one: f64, other: f64| (one - other).abs() <= SAME_SIZE * one;
-        let lines = lines_of(rows, |row| namer.name(&row.step, row), size, |row| row.wall_s, are_one);
-        if !lines.is_empty() && !charts.iter().any(|(charted, _)| *charted == title) {
-            let axes = (("cluster, GB", Scale::Logarithmic), ("wall time, s", Scale::Logarithmic));
+    for (action, beside) in beside_each_other(&rows) {
+        let title = titles.name(action, beside.first());
+        let lines = lines_of(beside.rows, |row| names.name(&row.step, row), size, |row| row.wall_s, are_one);
+        if lines.iter().any(|line| line.tool != LIMIT) {
             charts.push((title, chart::lines(axes.0, axes.1, &lines)?));
         }
     }
     Ok(html! {
         @if !charts.is_empty() {
             h2 { "Cost against the cluster's size" }
-            p.note { "Of all runs on this page. Both axes are logarithmic: what grows with the cluster rises as steeply as decades do." }
+            p.note { "Of all runs on this page. Both axes are logarithmic: what grows with the cluster rises by a decade in a decade." }
         }
         @for (title, chart) in &charts {
             h3 { (title) }
@@ -301,52 +309,67 @@ fn by_size(runs: &[Run]) -> Result<Markup> {
 
 /// Cost of incrementals against the share of the blocks that changed.
 fn by_share(run: &Run) -> Result<Markup> {
-    let rows = || run.rows.iter().filter(|row| row.action == "incremental" && row.night.is_none());
-    let namer = Namer::of(rows().collect::<Vec<_>>()).without_share();
-    let name = |row: &Row| namer.name(&tool_and_way(row), row);
-    let lines = |value: fn(&Row) -> f64| lines_of(rows(), name, Row::share, value, |one, other| one == other);
-    let times = lines(|row| row.wall_s);
-    if times.is_empty() {
-        return Ok(html! {});
+    let rows = || run.rows.iter().filter(|row| row.action == "incremental" && !row.is_nightly());
+    let is_changed = |row: &Row| row.share().is_some_and(|share| share > 0.0);
+    let titles = Namer::of(rows(), &SAME_BUT_SHARE);
+    let mut charts = Vec::new();
+    for alike in by_conditions(rows().filter(|row| is_changed(row)), &SAME_BUT_SHARE) {
+        let first = alike.first();
+        // Where nothing changed, there is no way in which it did.
+        let fits = |row: &Row| (&row.cluster, &row.cache) == (&first.cluster, &first.cache);
+        let unchanged = rows().filter(|row| !is_changed(row) && fits(row) && [&first.churn, ""].contains(&&*row.churn));
+        let rows: Vec<&Row> = unchanged.chain(alike.rows.iter().copied()).collect();
+        charts.extend(share_charts(&rows)?.map(|charts| (titles.name("", first), charts)));
     }
-    let share = ("blocks changed, % (0: none)", Scale::Logarithmic);
-    let times = chart::lines(share, ("wall time, s", Scale::Linear), &times)?;
-    let stored = lines(|row| row.bytes_written as f64 / MB);
-    let stored = chart::lines(share, ("left on disk, MB", Scale::Logarithmic), &stored)?;
     Ok(html! {
-        h3 { "Incremental backup: cost against the share that changed" }
-        (figure(&times, "Wall time by how much of the cluster was asked to change before."))
-        (figure(&stored, "What the backup left on disk, metadata and WAL included. Both axes are logarithmic."))
+        @for (conditions, [times, stored]) in &charts {
+            h3 { "Incremental backup: cost against the share that changed" (conditions) }
+            (figure(times, "Wall time by how much of the cluster was asked to change before; whiskers: least and greatest."))
+            (figure(stored, "What the backup left on disk, metadata and WAL included. Both axes are logarithmic."))
+        }
     })
+}
+
+/// Wall times and stored bytes, if there are different shares.
+fn share_charts(rows: &[&Row]) -> Result<Option<[String; 2]>> {
+    let names = Namer::of(rows.iter().copied(), &[Condition::Jobs]);
+    let name = |row: &Row| names.name(&tool_and_way(row), row);
+    let lines =
+        |value: fn(&Row) -> f64| lines_of(rows.iter().copied(), name, Row::share, value, |one, other| one == other);
+    let (times, stored) = (lines(|row| row.wall_s), lines(|row| row.bytes_written as f64 / MB));
+    if times.is_empty() {
+        return Ok(None);
+    }
+    let share = ("blocks changed, %", Scale::Logarithmic);
+    let times = chart::lines(share, ("wall time, s", Scale::Linear), &times)?;
+    let stored = chart::lines(share, ("left on disk, MB", Scale::Logarithmic), &stored)?;
+    Ok(Some([times, stored]))
 }
 
 /// The repository's length over a history of nights.
 fn growth(run: &Run) -> Result<Markup> {
-    let nightly =
-        || run.rows.iter().filter(|row| row.night.is_some() && ["full", "incremental"].contains(&&*row.action));
-    let namer = Namer::of(nightly().collect::<Vec<_>>());
-    let mut lines = Vec::new();
-    for of_line in grouped(nightly(), |one, other| line_of(one) == line_of(other)) {
-        let first = of_line.first();
-        let points = repository_lengths(run, &of_line);
-        if points.len() > 1 {
-            let name = namer.name(&tool_and_way(first), first);
-            lines.push(Line { name, tool: first.tool.clone(), points });
+    let nightly = || run.rows.iter().filter(|row| row.is_nightly());
+    let titles = Namer::of(nightly(), &SAME_HISTORY);
+    let axes = (("nights since the full backup", Scale::Linear), ("repository, MB", Scale::Linear));
+    let mut charts = Vec::new();
+    for alike in by_conditions(nightly(), &SAME_HISTORY) {
+        let first = alike.first();
+        let line = |nights: Group| {
+            let tool = nights.first().tool.clone();
+            Line { name: tool.clone(), tool, points: repository_lengths(run, &nights) }
+        };
+        let tools = grouped(alike.rows, |one, other| one.tool == other.tool);
+        let lines: Vec<Line> = tools.into_iter().map(line).filter(|line| line.points.len() > 1).collect();
+        if !lines.is_empty() {
+            charts.push((titles.name("", first), chart::lines(axes.0, axes.1, &lines)?));
         }
     }
-    if lines.is_empty() {
-        return Ok(html! {});
-    }
-    let chart =
-        chart::lines(("nights since the full backup", Scale::Linear), ("repository, MB", Scale::Linear), &lines)?;
     Ok(html! {
-        h3 { "The repository's growth over the nights" }
-        (figure(&chart, "All bytes of a tool's repository after each night; 0 is the full backup."))
+        @for (conditions, chart) in &charts {
+            h3 { "The repository's growth over the nights" (conditions) }
+            (figure(chart, "All bytes of a tool's repository after each night; 0 is the full backup."))
+        }
     })
-}
-
-fn line_of(row: &Row) -> (&str, &str, &str, &str, &str) {
-    (&row.tool, &row.way, &row.cache, &row.cluster, &row.churn)
 }
 
 /// What is said of the repository after each night; where nothing is, all that the nights left on top of the tool's full backup.
@@ -364,7 +387,7 @@ fn repository_lengths(run: &Run, nights: &Group<'_>) -> Vec<(f64, Spread)> {
         return groups.iter().filter_map(point).collect();
     }
     let Some(last) = nights.first() else { return Vec::new() };
-    let full = run.rows.iter().find(|row| row.action == "full" && row.tool == last.tool && row.way == last.way);
+    let full = run.rows.iter().find(|row| row.action == "full" && row.tool == last.tool);
     let mut sum = full.map_or(0, |full| full.bytes_written);
     let mut points = vec![(0.0, Spread::one(sum as f64 / MB))];
     for row in nights {
@@ -377,7 +400,7 @@ fn repository_lengths(run: &Run, nights: &Group<'_>) -> Vec<(f64, Spread)> {
 /// Transactions a second of the load beside each tool.
 fn beside_load(run: &Run) -> Result<Markup> {
     let rows: Vec<&Row> = run.rows.iter().filter(|row| row.tps.is_some()).collect();
-    let namer = Namer::of(rows.iter().copied());
+    let namer = Namer::of(rows.iter().copied(), &[Condition::Cluster, Condition::Jobs]);
     let groups = groups(rows);
     if groups.is_empty() {
         return Ok(html! {});

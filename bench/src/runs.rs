@@ -28,7 +28,8 @@ const FOREIGN: [(&str, &str, &str); 7] = [
     ("pg_verifybackup", "pg_verifybackup", "verify"),
 ];
 /// What pgstrata's steps of old runs have in their names, and what they do.
-const OWN: [(&str, &str); 6] = [
+const OWN: [(&str, &str); 7] = [
+    ("expire", "expire"),
     ("restore of the full", "restore-full"),
     ("restore", "restore-last"),
     ("merge", "merge"),
@@ -114,9 +115,9 @@ impl Row {
         self.share_changed.parse().ok()
     }
 
-    /// Gigabytes of the cluster a second.
-    pub fn rate(&self) -> f64 {
-        self.cluster_bytes as f64 / self.wall_s / 1e9
+    /// Whether it is a backup of a history of nights.
+    pub fn is_nightly(&self) -> bool {
+        self.night.is_some() && ["full", "incremental"].contains(&self.action.as_str())
     }
 
     /// What makes samples of a step comparable.
@@ -227,6 +228,13 @@ impl<'a> Group<'a> {
         Spread::of(self.values(value))
     }
 
+    /// Gigabytes of the cluster a second: of the median time, and of the extremes.
+    pub fn rate(&self) -> Option<Spread> {
+        let (bytes, wall) = (self.spread(|row| row.cluster_bytes as f64)?.median, self.spread(|row| row.wall_s)?);
+        let of = |seconds: f64| bytes / seconds / 1e9;
+        Some(Spread { count: wall.count, min: of(wall.max), median: of(wall.median), max: of(wall.min) })
+    }
+
     /// How many times as long it took as `other` did in the same round: the median of the undisturbed rounds, or of all if there are
     /// none of these.
     pub fn time_beside(&self, other: &Group<'_>) -> Option<f64> {
@@ -257,50 +265,65 @@ pub fn grouped<'a>(rows: impl IntoIterator<Item = &'a Row>, are_alike: impl Fn(&
     groups
 }
 
-/// Names rows so that they can be told from each other: with those conditions that are not the same for all.
-pub struct Namer {
-    /// For each condition, whether it varies.
-    varies: [bool; CONDITIONS.len()],
+/// Under what a step ran.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// What kind of cluster it was.
+    Cluster,
+    /// How it was changed.
+    Churn,
+    /// How much of it was changed.
+    Share,
+    /// Whether its files were in memory.
+    Cache,
+    /// Whether it is part of a history of nights.
+    Nightly,
+    /// With how many workers.
+    Jobs,
 }
 
-type Condition = fn(&Row) -> String;
-/// Which of them is the share that changed.
-const SHARE: usize = 3;
-const CONDITIONS: [Condition; 5] = [
-    |row| row.cache.clone(),
-    |row| row.cluster.clone(),
-    |row| row.churn.clone(),
-    |row| if row.share_changed.is_empty() { String::new() } else { format!("{} %", row.share_changed) },
-    |row| if row.jobs.is_empty() { String::new() } else { format!("{} jobs", row.jobs) },
-];
+impl Condition {
+    /// What a row says of it; nothing, if it does not.
+    pub fn of(self, row: &Row) -> String {
+        match self {
+            Condition::Cluster => row.cluster.clone(),
+            Condition::Churn => row.churn.clone(),
+            Condition::Share if row.share_changed.is_empty() => String::new(),
+            Condition::Share => format!("{} % changed", row.share_changed),
+            Condition::Cache => row.cache.clone(),
+            Condition::Nightly if row.is_nightly() => "each night".to_owned(),
+            Condition::Nightly => String::new(),
+            Condition::Jobs if row.jobs.is_empty() => String::new(),
+            Condition::Jobs => format!("{} jobs", row.jobs),
+        }
+    }
+}
+
+/// Puts together the rows that ran under the same of these conditions, in the order of their first ones.
+pub fn by_conditions<'a>(rows: impl IntoIterator<Item = &'a Row>, conditions: &[Condition]) -> Vec<Group<'a>> {
+    grouped(rows, |one, other| conditions.iter().all(|condition| condition.of(one) == condition.of(other)))
+}
+
+/// Names things by the conditions that are not the same for all; the share that changed and whether it was nightly are always told.
+pub struct Namer {
+    told: Vec<Condition>,
+}
 
 impl Namer {
-    /// A namer of these rows.
-    pub fn of<'a>(rows: impl IntoIterator<Item = &'a Row> + Clone) -> Self {
-        let varies = CONDITIONS.map(|condition| {
-            let said = rows.clone().into_iter().filter(|row| row.tool != LIMIT).map(condition);
-            said.filter(|text| !text.is_empty()).collect::<BTreeSet<_>>().len() > 1
-        });
-        Self { varies }
+    /// A namer that tells which of these conditions a row is under, where the rows differ in it.
+    pub fn of<'a>(rows: impl IntoIterator<Item = &'a Row>, conditions: &[Condition]) -> Self {
+        let rows: Vec<&Row> = rows.into_iter().filter(|row| row.tool != LIMIT).collect();
+        let varies = |condition: &Condition| {
+            let said = rows.iter().map(|row| condition.of(row)).filter(|text| !text.is_empty());
+            [Condition::Share, Condition::Nightly].contains(condition) || said.collect::<BTreeSet<_>>().len() > 1
+        };
+        Self { told: conditions.iter().copied().filter(varies).collect() }
     }
 
-    /// The same, for where the share that changed is told otherwise.
-    pub fn without_share(mut self) -> Self {
-        self.varies[SHARE] = false;
-        self
-    }
-
-    /// `name`, with the conditions of `row` that vary and that it does not say already.
+    /// `name`, with the conditions of `row`.
     pub fn name(&self, name: &str, row: &Row) -> String {
-        let varying = CONDITIONS.iter().zip(self.varies).filter(|(_, varies)| *varies);
-        let conditions = varying.map(|(condition, _)| condition(row));
-        let mut name = name.to_owned();
-        for condition in conditions.filter(|text| !text.is_empty()) {
-            if !name.contains(&condition) {
-                name = format!("{name}, {condition}");
-            }
-        }
-        name
+        let conditions = self.told.iter().map(|condition| condition.of(row)).filter(|text| !text.is_empty());
+        [name.to_owned()].into_iter().chain(conditions).collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -313,6 +336,7 @@ mod tests {
 \"pgstrata restore of the full\",1,1.5,1,1,0,0,1,1591524683,1591524683,,1.44
 \"pgstrata incremental, each night\",7,1.5,1,1,0,0,1,1591524683,9,,1.44
 \"list\",1,1.5,1,1,0,0,1,1591524683,9,,1.44
+\"expire --dry-run of the full\",1,1.5,1,1,0,0,1,1591524683,9,,1.44
 \"cp -a and sync\",1,1.5,1,1,0,0,1,1591524683,9,,1.44
 ";
 
@@ -329,6 +353,7 @@ mod tests {
             ("pgstrata", "restore-full", None),
             ("pgstrata", "incremental", Some(7)),
             ("pgstrata", "list", None),
+            ("pgstrata", "expire", None),
             ("limit", "copy", None),
         ];
         assert_eq!(told, expected);
@@ -362,6 +387,13 @@ mod tests {
     }
 
     #[test]
+    fn rates_are_of_the_median_time_and_of_the_extremes() {
+        let rows = [1.0, 2.0, 4.0].map(|wall_s| Row { cluster_bytes: 8_000_000_000, ..row(1, wall_s, 0.0) });
+        let rate = Group { rows: rows.iter().collect() }.rate();
+        assert_eq!(rate, Some(Spread { count: 3, min: 2.0, median: 4.0, max: 8.0 }));
+    }
+
+    #[test]
     fn times_are_compared_round_by_round() {
         let (own, peer) = ([row(1, 1.0, 0.0), row(2, 10.0, 0.0)], [row(2, 30.0, 0.0), row(1, 2.0, 0.0)]);
         let [own, peer] = [&own, &peer].map(|rows| Group { rows: rows.iter().collect() });
@@ -369,11 +401,17 @@ mod tests {
     }
 
     #[test]
-    fn names_tell_what_varies_and_nothing_twice() {
-        let text = "step,cache,cluster,tool\na,warm,mixed,x\na cold,cold,mixed,x\na,,mixed,limit\n";
+    fn names_tell_what_varies() {
+        let text = "step,cache,cluster,tool,jobs\na,warm,mixed,x,1\nb,cold,mixed,x,2\nc,,synthetic,limit,\n";
         let rows = parse(text).unwrap();
-        let namer = Namer::of(&rows);
+        let namer = Namer::of(&rows, &[Condition::Cluster, Condition::Cache]);
         let names: Vec<String> = rows.iter().map(|row| namer.name(&row.step, row)).collect();
-        assert_eq!(names, ["a, warm", "a cold", "a"]);
+        assert_eq!(names, ["a, warm", "b, cold", "c"]);
+    }
+
+    #[test]
+    fn the_share_that_changed_is_always_told() {
+        let rows = parse("step,share_changed\na,0.1\n").unwrap();
+        assert_eq!(Namer::of(&rows, &[Condition::Share]).name("a", &rows[0]), "a, 0.1 % changed");
     }
 }
