@@ -8,7 +8,7 @@
 //! Axes are our own ([`Axis`]): the library's logarithmic ones have too few ticks within a decade, and no place for a zero. A zero, where it
 //! means something (nothing changed), gets a place of its own, a decade below the least value.
 //!
-//! The text's size is only estimated, since no font is read: a label of 45 letters fits; a longer one is cut.
+//! The text's size is only estimated, since no font is read: a name of 51 letters fits; a longer one is cut.
 
 use std::ops::Range;
 
@@ -26,14 +26,14 @@ const LINES_HEIGHT: i32 = 380;
 const ROW_HEIGHT: i32 = 26;
 const BAR_HEIGHT: f64 = 0.62;
 /// Room for the names of bars, and at the ends of lines.
-const NAMES_WIDTH: i32 = 300;
+const NAMES_WIDTH: i32 = 340;
 const LABEL_GAP: i32 = 18;
 const AXIS_HEIGHT: i32 = 46;
 const TOP: i32 = 6;
 const FONT: &str = "sans-serif";
 /// Plotters' unit: in the picture it is four fifths of that, in pixels.
 const TEXT_SIZE: f64 = 16.0;
-const LONGEST_NAME: usize = 45;
+const LONGEST_NAME: usize = 51;
 /// Ticks of a logarithmic axis at most; if there were more, they are at powers of ten only.
 const MOST_TICKS: usize = 12;
 /// What two numbers that are the same differ by at most, as a factor.

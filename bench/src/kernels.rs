@@ -2,6 +2,8 @@
 //!
 //! Each kernel gets windows of 256 KiB that were just copied into place, as they are in the cache after a read; only the
 //! kernel itself is timed. The rate of a kernel is over raw bytes, also for decompression.
+//!
+//! This is one look at the pages of a given cluster. Whether a kernel got faster is told by `benches/kernels.rs`, with statistics.
 
 use std::fmt::Write as _;
 use std::fs::File;
