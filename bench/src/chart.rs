@@ -1,9 +1,10 @@
 //! Charts as SVG text that needs nothing but itself: bars with whiskers, and lines.
 //!
 //! Plotters draws them. What is decided here is what a reader meets: each tool has one colour in all charts, of a palette that
-//! colour-blind people can tell apart (Okabe and Ito), pgstrata's the blue, and what bounds everybody grey; several lines of one tool
-//! differ by their marks too. Names stand beside bars and at the ends of lines, not in a legend. Bars begin at zero. Every axis says its
-//! unit, and ticks are at 1, 2 and 5 times powers of ten.
+//! colour-blind people can tell apart (Okabe and Ito), pgstrata's the blue, and what bounds everybody grey. Each tool has marks of its own
+//! shape, too, so that lines that coincide are seen; several lines of one tool have filled ones, hollow ones and crosses. Names stand beside
+//! bars and at the ends of lines, not in a legend. Bars begin at zero. Every axis says its unit, and ticks are at 1, 2 and 5 times powers of
+//! ten.
 //!
 //! Axes are our own ([`Axis`]): the library's logarithmic ones have too few ticks within a decade, and no place for a zero. A zero, where it
 //! means something (nothing changed), gets a place of its own, a decade below the least value.
@@ -41,21 +42,31 @@ const EXACT: f64 = 1.0 - 1e-9;
 const DARK: RGBColor = RGBColor(0x22, 0x22, 0x22);
 const FAINT: RGBColor = RGBColor(0xDD, 0xDD, 0xDD);
 
-/// A tool's colour; tools that are not here share the last one.
-const COLOURS: [(&str, RGBColor); 7] = [
-    (OURS, RGBColor(0x00, 0x72, 0xB2)),
-    ("pg_basebackup", RGBColor(0xE6, 0x9F, 0x00)),
-    ("pg_combinebackup", RGBColor(0xE6, 0x9F, 0x00)),
-    ("pgbackrest", RGBColor(0xD5, 0x5E, 0x00)),
-    ("wal-rus", RGBColor(0xCC, 0x79, 0xA7)),
-    ("barman", RGBColor(0x00, 0x9E, 0x73)),
-    (LIMIT, RGBColor(0x99, 0x99, 0x99)),
+/// A tool's colour and mark; tools that are not here share the last ones.
+const TOOLS: [(&str, RGBColor, &[Pixel]); 8] = [
+    (OURS, RGBColor(0x00, 0x72, 0xB2), DISC),
+    ("pg_basebackup", RGBColor(0xE6, 0x9F, 0x00), SQUARE),
+    ("pg_combinebackup", RGBColor(0xE6, 0x9F, 0x00), SQUARE),
+    ("pgbackrest", RGBColor(0xD5, 0x5E, 0x00), TRIANGLE),
+    ("wal-rus", RGBColor(0xCC, 0x79, 0xA7), DIAMOND),
+    ("barman", RGBColor(0x00, 0x9E, 0x73), UPSIDE_DOWN),
+    (LIMIT, RGBColor(0x99, 0x99, 0x99), DISC),
+    ("pgbench", RGBColor(0x99, 0x99, 0x99), DISC),
 ];
-const OTHERS: RGBColor = RGBColor(0x56, 0xB4, 0xE9);
+const OTHERS: (RGBColor, &[Pixel]) = (RGBColor(0x56, 0xB4, 0xE9), SQUARE);
+/// Corners of the marks, from their middles.
+const DISC: &[Pixel] = &[(-2, -4), (2, -4), (4, -2), (4, 2), (2, 4), (-2, 4), (-4, 2), (-4, -2)];
+const SQUARE: &[Pixel] = &[(-4, -4), (4, -4), (4, 4), (-4, 4)];
+const TRIANGLE: &[Pixel] = &[(0, -6), (5, 3), (-5, 3)];
+const UPSIDE_DOWN: &[Pixel] = &[(0, 6), (5, -3), (-5, -3)];
+const DIAMOND: &[Pixel] = &[(0, -5), (5, 0), (0, 5), (-5, 0)];
 
-fn colour(tool: &str) -> RGBColor {
-    COLOURS.iter().find(|(name, _)| *name == tool).map_or(OTHERS, |(_, colour)| *colour)
+fn look(tool: &str) -> (RGBColor, &'static [Pixel]) {
+    TOOLS.iter().find(|(name, ..)| *name == tool).map_or(OTHERS, |(_, colour, mark)| (*colour, *mark))
 }
+
+/// A place in the picture, in pixels from the left and from the top.
+type Pixel = (i32, i32);
 
 /// A row of a bar chart.
 pub struct Bar {
@@ -80,7 +91,7 @@ pub fn bars(columns: &[&str], rows: &[Bar]) -> Result<String> {
         }
         let (_, plots) = area.split_horizontally(NAMES_WIDTH);
         for (index, (plot, column)) in plots.split_evenly((1, columns.len())).iter().zip(columns).enumerate() {
-            let of = |bar: &Bar| Some((bar.values.get(index).copied().flatten()?, colour(&bar.tool)));
+            let of = |bar: &Bar| Some((bar.values.get(index).copied().flatten()?, look(&bar.tool).0));
             bar_plot(plot, column, &rows.iter().map(of).collect::<Vec<_>>())?;
         }
         Ok(())
@@ -178,8 +189,11 @@ pub fn lines(along: (&str, Scale), up: (&str, Scale), lines: &[Line]) -> Result<
             .axis_desc_style(text(HPos::Center))
             .draw()?;
         let mut names = Vec::new();
-        for (index, line) in lines.iter().enumerate() {
-            let style = Style { colour: colour(&line.tool), mark: nth_of_tool(lines, index) };
+        // Where lines coincide, ours lies above.
+        let is_ours = |line: &Line| line.tool == OURS;
+        let others = lines.iter().enumerate().filter(|(_, line)| !is_ours(line));
+        for (index, line) in others.chain(lines.iter().enumerate().filter(|(_, line)| is_ours(line))) {
+            let style = Style::of(lines, index);
             let end = draw_line(area, |along, up| chart.backend_coord(&(along, up)), line, style)?;
             names.extend(end.map(|end| Name { text: cut(&line.name), style, end, at: end.1 }));
         }
@@ -193,17 +207,18 @@ pub fn lines(along: (&str, Scale), up: (&str, Scale), lines: &[Line]) -> Result<
 #[derive(Clone, Copy)]
 struct Style {
     colour: RGBColor,
-    /// Which mark its points have.
-    mark: usize,
+    mark: &'static [Pixel],
+    /// How many lines of the same colour come before: the second one's marks are hollow, the third one's crosses.
+    nth: usize,
 }
 
-/// How many lines of the same colour come before.
-fn nth_of_tool(lines: &[Line], index: usize) -> usize {
-    lines[..index].iter().filter(|line| colour(&line.tool) == colour(&lines[index].tool)).count()
+impl Style {
+    fn of(lines: &[Line], index: usize) -> Self {
+        let (colour, mark) = look(&lines[index].tool);
+        let nth = lines[..index].iter().filter(|line| look(&line.tool).0 == colour).count();
+        Self { colour, mark, nth }
+    }
 }
-
-/// A place in the picture, in pixels from the left and from the top.
-type Pixel = (i32, i32);
 
 /// Draws a line and says where it ends.
 fn draw_line(area: &Area<'_>, pixel: impl Fn(f64, f64) -> Pixel, line: &Line, style: Style) -> DrawnAs<Option<Pixel>> {
@@ -217,16 +232,15 @@ fn draw_line(area: &Area<'_>, pixel: impl Fn(f64, f64) -> Pixel, line: &Line, st
     Ok(middles.last().copied())
 }
 
-/// One of four marks.
-fn draw_mark(area: &Area<'_>, at: Pixel, Style { colour, mark }: Style) -> Drawn {
-    match mark % 4 {
-        0 => area.draw(&Circle::new(at, 4, colour.filled())),
-        1 => area.draw(&TriangleMarker::new(at, 6, colour.filled())),
-        2 => {
-            area.draw(&Circle::new(at, 4, WHITE.filled()))?;
-            area.draw(&Circle::new(at, 4, colour.stroke_width(2)))
+fn draw_mark(area: &Area<'_>, (x, y): Pixel, Style { colour, mark, nth }: Style) -> Drawn {
+    let corners = || mark.iter().map(|(right, down)| (x + right, y + down));
+    match nth % 3 {
+        0 => area.draw(&Polygon::new(corners().collect::<Vec<_>>(), colour.filled())),
+        1 => {
+            area.draw(&Polygon::new(corners().collect::<Vec<_>>(), WHITE.filled()))?;
+            area.draw(&PathElement::new(corners().chain(corners().take(1)).collect::<Vec<_>>(), colour.stroke_width(2)))
         }
-        _ => area.draw(&Cross::new(at, 4, colour.stroke_width(2))),
+        _ => area.draw(&Cross::new((x, y), 4, colour.stroke_width(2))),
     }
 }
 
@@ -442,7 +456,7 @@ mod tests {
 
     #[test]
     fn names_at_the_ends_of_lines_do_not_lie_on_each_other() {
-        let style = Style { colour: OTHERS, mark: 0 };
+        let style = Style { colour: OTHERS.0, mark: OTHERS.1, nth: 0 };
         let name = |at| Name { text: String::new(), style, end: (0, at), at };
         let mut names = [10, 12, 200, 201, 202].map(name);
         spread_out(&mut names, 210);

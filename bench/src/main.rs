@@ -247,7 +247,7 @@ struct KernelArgs {
     pages: Option<PathBuf>,
 
     /// Read the WAL of this stopped data directory, too.
-    #[arg(long, value_name = "PGDATA")]
+    #[arg(long, value_name = "DIR")]
     wal: Option<PathBuf>,
 }
 
@@ -295,7 +295,7 @@ struct ReadArgs {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match (&cli.compare, cli.workload) {
-        (Some(runs), _) => compare(runs, cli.threshold),
+        (Some(runs), _) => compare_runs(runs, cli.threshold),
         (None, Some(workload)) => run(workload).map(|()| ExitCode::SUCCESS),
         (None, None) => Err(Error::new("nothing to do: see --help")),
     };
@@ -318,15 +318,15 @@ fn run(workload: Workload) -> Result<(), Error> {
         }
         Workload::Torture(args) => torture::run(&args),
         Workload::Limit(args) => limits::run(&args),
+        Workload::Read(args) => read::run(&args.data_dir, args.jobs),
         Workload::Report(args) => {
             page::write(&args.runs, args.out.as_deref()).map(|path| println!("written to {}", path.display()))
         }
-        Workload::Read(args) => read::run(&args.data_dir, args.jobs),
     }
 }
 
 /// Prints the comparison of two runs; a failure if something got worse.
-fn compare(runs: &[PathBuf], threshold: f64) -> Result<ExitCode, Error> {
+fn compare_runs(runs: &[PathBuf], threshold: f64) -> Result<ExitCode, Error> {
     let [old, new] = runs else { return Err(Error::new("--compare takes two directories")) };
     let comparison = regress::compare(old, new, threshold / 100.0)?;
     print!("{}", comparison.text);

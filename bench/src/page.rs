@@ -37,7 +37,7 @@ const ACTIONS: [(&str, &str, &[&str]); 6] = [
     ("merge", "Merge", &[]),
     ("restore-full", "Restore of the full backup", &["copy", "write"]),
     ("restore-last", "Restore of the last backup", &["copy", "write"]),
-    ("verify", "Verify", &["read"]),
+    ("verify", "Verify", &[]),
 ];
 /// Those that store something, of which it matters how much.
 const STORING: [&str; 3] = ["full", "incremental", "merge"];
@@ -152,7 +152,9 @@ fn beside_each_other<'a>(rows: &[&'a Row]) -> Vec<(&'static str, Group<'a>)> {
     for (action, title, bounds) in ACTIONS.into_iter().chain([("", OTHERS, &[][..])]) {
         let belongs = |row: &Row| row.action == action || action.is_empty() && is_other(row);
         let own = rows.iter().copied().filter(|row| row.tool != LIMIT && belongs(row));
-        for mut beside in by_conditions(own, &SAME) {
+        let mut alike = by_conditions(own, &SAME);
+        alike.sort_by_key(|group| group.first().is_nightly());
+        for mut beside in alike {
             let (cluster, cache) = (&beside.first().cluster, &beside.first().cache);
             let fits = |row: &Row| row.cluster == *cluster && [cache.as_str(), ""].contains(&row.cache.as_str());
             let bounding = |row: &&&Row| row.tool == LIMIT && bounds.contains(&row.action.as_str()) && fits(row);

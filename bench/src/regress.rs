@@ -109,7 +109,7 @@ fn comparison(old: &Run, new: &Run, threshold: f64) -> Comparison {
     let percent = threshold * 100.0;
     let _ = match regressions {
         0 => writeln!(text, "\nNothing got worse by more than {percent} % and the spread."),
-        _ => writeln!(text, "\n{regressions} got WORSE by more than {percent} % and the spread."),
+        _ => writeln!(text, "\n{regressions} measures got WORSE by more than {percent} % and the spread."),
     };
     Comparison { text, regressions }
 }

@@ -291,7 +291,7 @@ impl Condition {
             Condition::Share if row.share_changed.is_empty() => String::new(),
             Condition::Share => format!("{} % changed", row.share_changed),
             Condition::Cache => row.cache.clone(),
-            Condition::Nightly if row.is_nightly() => "each night".to_owned(),
+            Condition::Nightly if row.is_nightly() => "in a history of nights".to_owned(),
             Condition::Nightly => String::new(),
             Condition::Jobs if row.jobs.is_empty() => String::new(),
             Condition::Jobs => format!("{} jobs", row.jobs),

@@ -16,7 +16,7 @@ use crate::compare::site::{Kind, Site};
 use crate::compare::tools::{self, Action, Set, Tool};
 use crate::compare::{SiteArgs, ToolArgs};
 use crate::record::Recorder;
-use crate::report::{Facts, LEGEND, Run, Step};
+use crate::report::{Facts, LEGEND, Run, Spread, Step};
 use crate::scratch::{Scratch, Start, say};
 use crate::{CommonArgs, cannot, machine};
 
@@ -249,9 +249,7 @@ fn report(args: &TpsArgs, site: &Site, recorder: &Recorder, found: &[String]) ->
 fn tps_table(recorder: &Recorder, steps: &[Step]) -> String {
     let median = |step: &Step| {
         let of = |sample: &crate::report::Sample| sample.facts.tps.filter(|_| sample.step == *step);
-        let mut tps: Vec<f64> = recorder.samples.iter().filter_map(of).collect();
-        tps.sort_by(f64::total_cmp);
-        tps.get(tps.len() / 2).copied().unwrap_or(0.0)
+        Spread::of(recorder.samples.iter().filter_map(of).collect()).unwrap_or_default().median
     };
     let alone = steps.iter().find(|step| step.name == ALONE).map_or(0.0, &median);
     let row = |step: &Step| {
