@@ -4,6 +4,7 @@
 //! nor fetched says "skipped: no PostgreSQL 17 (reason)".
 
 mod corruption;
+mod detectors;
 mod errors;
 mod export;
 mod faults;

@@ -315,7 +315,7 @@ impl Question<'_> {
             let name =
                 entry.path.strip_prefix(b"pg_wal/".as_slice()).and_then(|name| WalSegmentName::parse(name, size));
             let Some(name) = name else { continue };
-            let Some(bytes) = files.read(name)? else { continue };
+            let Some(mut bytes) = files.read(name)? else { continue };
             let begin = size.start_of(name.segment).unwrap_or_default();
             let known = backup.stop_lsn.as_u64().saturating_sub(begin.as_u64()).min(bytes.len() as u64);
             let mut stored = Vec::new();
@@ -323,19 +323,20 @@ impl Question<'_> {
                 let flat = self.repo.flatten(backup, part, Depth::Fingerprints)?;
                 stored.extend(flat.all_fingerprints().unwrap_or_default());
             }
-            let blocks = usize::try_from(known).unwrap_or(0) / block_len;
+            // What lies beyond the stop is zero in the backup of a running server; of a stopped one that page is as it was.
+            let known = usize::try_from(known).unwrap_or(0);
+            let known = if backup.offline { known / block_len * block_len } else { known };
+            bytes[known..].fill(0);
+            let blocks = known.div_ceil(block_len);
             let found = bytes
                 .chunks_exact(block_len)
                 .take(blocks)
                 .map(|block| if is_zero(block) { Fingerprint::ZERO_PAGE } else { Fingerprint::of(block) });
             if !found.eq(stored.iter().take(blocks).copied()) {
-                let name = name.file_name(size);
-                return Ok(Err(format!(
-                    "the WAL file {name} is not the one that {} has: this is another past",
-                    backup.id
-                )));
+                let (name, id) = (name.file_name(size), backup.id);
+                return Ok(Err(format!("the WAL file {name} is not the one that {id} has: this is another past")));
             }
-            seen += 1;
+            seen += blocks;
         }
         if seen == 0 && must_be_there {
             return Ok(Err(format!("there is no WAL of {} to compare with", backup.id)));

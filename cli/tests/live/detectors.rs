@@ -1,0 +1,280 @@
+//! Detectors: what is read because the log names it, against what a scan finds, on every major.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+use testdata::cluster::{Cluster, ClusterOptions, StopMode};
+
+use crate::support::{Lab, dump, for_majors, judge, number, text};
+
+for_majors!(
+    detectors_find_what_a_scan_finds: history_on_13 = 13, history_on_14 = 14, history_on_15 = 15, history_on_16 = 16,
+    history_on_17 = 17, history_on_18 = 18
+);
+for_majors!(wal_that_is_gone_is_found_in_an_archive_or_means_a_scan: gone_on_15 = 15, gone_on_18 = 18);
+for_majors!(a_cluster_that_went_back_in_time_is_scanned: back_on_15 = 15, back_on_18 = 18);
+for_majors!(a_promoted_standby_goes_on_from_the_backups_of_its_primary: promoted_on_15 = 15, promoted_on_18 = 18);
+for_majors!(checksums_switched_on_mean_a_scan: checksums_on_18 = 18);
+
+fn major(lab: &Lab) -> u32 {
+    lab.server.major
+}
+
+fn options(lab: &Lab) -> ClusterOptions {
+    let options = ClusterOptions { wal_segment_mb: Some(1), ..ClusterOptions::default() };
+    let options = options.conf("autovacuum = off").conf("wal_keep_size = 500").conf("max_prepared_transactions = 5");
+    if major(lab) >= 17 { options.conf("summarize_wal = on") } else { options }
+}
+
+fn detectors(lab: &Lab) -> &'static [&'static str] {
+    if major(lab) >= 17 { &["wal", "summary"] } else { &["wal"] }
+}
+
+/// A backup against `parent` by `detector`, which must be the one that is used.
+fn backup_by(lab: &Lab, source: &Cluster, parent: &str, detector: &str) -> Value {
+    let report = lab.backup(source, &["--parent", parent, "--detect", detector]);
+    assert_eq!(text(&report, "detector"), detector, "{report}");
+    report
+}
+
+/// The round after which a transaction is prepared.
+const PREPARED: usize = 5;
+
+/// What happens to the cluster between two backups; each of these lost somebody's data.
+fn rounds() -> Vec<Vec<&'static str>> {
+    vec![
+        vec![
+            "UPDATE t SET content = 'new' WHERE id % 500 = 1",
+            "INSERT INTO t SELECT i, 'more' FROM generate_series(20001, 21000) i",
+        ],
+        // Truncated by vacuum, then extended again.
+        vec![
+            "DELETE FROM t WHERE id > 9000",
+            "VACUUM t",
+            "INSERT INTO t SELECT i, repeat('again', 9) FROM generate_series(30000, 39000) i",
+        ],
+        vec![
+            "TRUNCATE small",
+            "INSERT INTO small SELECT generate_series(1, 90)",
+            "REINDEX TABLE t",
+            "VACUUM FULL small",
+        ],
+        // Dropped and made again, and a database by file copy.
+        vec![
+            "DROP TABLE dropped",
+            "CREATE TABLE dropped AS SELECT i, md5(i::text) FROM generate_series(1, 3000) i",
+            "CREATE DATABASE copy TEMPLATE template0",
+        ],
+        vec![
+            "ALTER TABLE unlogged SET LOGGED",
+            "ALTER TABLE small SET UNLOGGED",
+            "ALTER TABLE dropped ADD COLUMN more int DEFAULT 7",
+        ],
+        vec!["DROP DATABASE copy", "BEGIN; UPDATE t SET content = 'prepared' WHERE id < 200; PREPARE TRANSACTION 'p'"],
+        vec!["COMMIT PREPARED 'p'", "SELECT lo_from_bytea(0, decode(repeat('ab', 90000), 'hex'))", "VACUUM (FREEZE)"],
+    ]
+}
+
+fn furnish(source: &Cluster) {
+    source
+        .sql_each(
+            "postgres",
+            &[
+                "CREATE TABLE t (id int PRIMARY KEY, content text)",
+                "INSERT INTO t SELECT i, repeat(md5(i::text), 3) FROM generate_series(1, 20000) i",
+                "CREATE INDEX ON t USING gin (to_tsvector('simple', content))",
+                "CREATE INDEX ON t USING brin (id)",
+                "CREATE INDEX ON t USING hash (content)",
+                "CREATE TABLE small AS SELECT generate_series(1, 2000) AS id",
+                "CREATE TABLE dropped AS SELECT generate_series(1, 2000) AS id",
+                "CREATE UNLOGGED TABLE unlogged AS SELECT * FROM t",
+                "VACUUM",
+            ],
+        )
+        .unwrap();
+}
+
+/// The files of the users' tables and indexes, in a restored directory.
+fn user_files(source: &Cluster, restored: &Cluster) -> BTreeMap<String, Vec<u8>> {
+    let paths = "SELECT pg_relation_filepath(oid) FROM pg_class WHERE oid >= 16384 AND relpersistence = 'p' \
+                 AND relkind IN ('r', 'i', 't', 'S', 'm')";
+    let rows = source.query_strings("postgres", paths).unwrap();
+    let read = |path: String| (path.clone(), fs::read(restored.data_dir().join(path)).unwrap());
+    rows.into_iter().filter_map(|row| row[0].clone()).map(read).collect()
+}
+
+/// Locks that nobody gives up would keep whoever examines indexes waiting.
+fn has_a_prepared_transaction(mut restored: Cluster) {
+    restored.start().unwrap();
+    let count = "SELECT count(*) FROM pg_prepared_xacts";
+    restored.wait_for("recovery", |restored| restored.query_value("postgres", count).is_ok_and(|n| n == "1")).unwrap();
+    restored.sql("postgres", "COMMIT PREPARED 'p'").unwrap();
+    let content = restored.query_value("postgres", "SELECT count(*) FROM t WHERE content = 'prepared'").unwrap();
+    assert_eq!(content, "199");
+}
+
+fn detectors_find_what_a_scan_finds(lab: &Lab) {
+    let mut source = lab.cluster(&options(lab));
+    furnish(&source);
+    let mut parent = text(&lab.backup(&source, &[]), "id").to_owned();
+    for (round, statements) in rounds().into_iter().enumerate() {
+        source.sql_each("postgres", &statements).unwrap();
+        if round == 2 {
+            source.restart(StopMode::Immediate).unwrap();
+        }
+        for detector in detectors(lab) {
+            let report = lab.backup(&source, &["--parent", &parent, "--detect", detector, "--audit"]);
+            let audit = &report["audit"];
+            assert_eq!(
+                (text(audit, "detector"), number(audit, "missed_count")),
+                (*detector, 0),
+                "round {round}: {audit}"
+            );
+        }
+        // Before: to read rows sets hints in their pages.
+        let expected = dump(&source, &[]);
+        let scanned = lab.backup(&source, &["--parent", &parent, "--detect", "scan"]);
+        let restored = lab.restore(text(&scanned, "id"), &format!("scan-{round}"), &[]);
+        let files = user_files(&source, &restored);
+        let mut last = None;
+        for detector in detectors(lab) {
+            let report = backup_by(lab, &source, &parent, detector);
+            assert!(number(&report, "bytes_read") < number(&report, "cluster_bytes"), "{report}");
+            let restored = lab.restore(text(&report, "id"), &format!("{detector}-{round}"), &[]);
+            for (path, bytes) in user_files(&source, &restored) {
+                assert!(bytes == files[&path], "round {round}: {detector} restores {path} to other bytes than a scan");
+            }
+            match round {
+                PREPARED => has_a_prepared_transaction(restored),
+                // The files are those of the scan; the rest is the same in all rounds.
+                1 | 6 => judge(restored, &expected, &[]),
+                _ => {}
+            }
+            last = Some(text(&report, "id").to_owned());
+        }
+        parent = last.unwrap();
+    }
+    lab.verify();
+}
+
+/// Lets the server forget its WAL.
+fn recycle(source: &Cluster) {
+    source.sql("postgres", "ALTER SYSTEM SET wal_keep_size = 0").unwrap();
+    source.sql("postgres", "SELECT pg_reload_conf()").unwrap();
+    for _ in 0..3 {
+        source
+            .sql_each(
+                "postgres",
+                &[
+                    "INSERT INTO t SELECT i, repeat('x', 500) FROM generate_series(1, 9000) i ON CONFLICT DO NOTHING",
+                    "SELECT pg_switch_wal()",
+                    "CHECKPOINT",
+                ],
+            )
+            .unwrap();
+    }
+}
+
+fn wal_that_is_gone_is_found_in_an_archive_or_means_a_scan(lab: &Lab) {
+    let archive = lab.dir("archive");
+    let copy = format!("archive_command = 'test ! -f {0}/%f && gzip < %p > {0}/%f.gz'", archive.display());
+    let options = ClusterOptions { wal_segment_mb: Some(1), ..ClusterOptions::default() };
+    let options = options.conf("autovacuum = off").conf("max_wal_size = 4MB").conf("min_wal_size = 2MB");
+    let mut source = lab.cluster(&options.conf("archive_mode = on").conf(&copy));
+    furnish(&source);
+    let full = text(&lab.backup(&source, &[]), "id").to_owned();
+    recycle(&source);
+    let last = source.query_value("postgres", "SELECT pg_walfile_name(pg_switch_wal())").unwrap();
+    let archived = format!("SELECT last_archived_wal >= '{last}' FROM pg_stat_archiver");
+    source
+        .wait_for("the archiver", |source| source.query_value("postgres", &archived).is_ok_and(|is| is == "t"))
+        .unwrap();
+    let refused = lab.pgstrata(lab.backup_args(&source).into_iter().chain(["--detect".into(), "wal".into()]));
+    refused.refuses(1, &["is gone", "--wal-archive"]);
+    let scanned = lab.backup(&source, &["--parent", &full]);
+    assert_eq!(text(&scanned, "detector"), "scan");
+    assert!(text(&scanned, "detector_reason").contains("is gone"), "{scanned}");
+    let place = archive.display().to_string();
+    let report = lab.backup(&source, &["--parent", &full, "--wal-archive", &place]);
+    assert_eq!(text(&report, "detector"), "wal", "{report}");
+    let expected = dump(&source, &[]);
+    judge(lab.restore(text(&report, "id"), "restored", &[]), &expected, &[]);
+    let missing = lab.pgstrata(lab.backup_args(&source).into_iter().chain(["--wal-archive".into(), "/nowhere".into()]));
+    missing.refuses(1, &["/nowhere"]);
+}
+
+/// A cluster that is put back to an old copy of its files writes other WAL at the same positions.
+fn a_cluster_that_went_back_in_time_is_scanned(lab: &Lab) {
+    let mut source = lab.cluster(&options(lab));
+    furnish(&source);
+    source.stop(StopMode::Fast).unwrap();
+    let old = lab.path("old");
+    copy(source.data_dir(), &old);
+    source.start().unwrap();
+    source.sql("postgres", "UPDATE t SET content = 'a past that never was' WHERE id % 7 = 0").unwrap();
+    lab.backup(&source, &[]);
+    source.stop(StopMode::Fast).unwrap();
+    fs::remove_dir_all(source.data_dir()).unwrap();
+    copy(&old, source.data_dir());
+    source.start().unwrap();
+    for _ in 0..3 {
+        source
+            .sql_each(
+                "postgres",
+                &["UPDATE t SET content = 'the other one' WHERE id % 5 = 0", "SELECT pg_switch_wal()"],
+            )
+            .unwrap();
+    }
+    let report = lab.backup(&source, &[]);
+    assert_eq!(text(&report, "detector"), "scan", "{report}");
+    let expected = dump(&source, &[]);
+    judge(lab.restore(text(&report, "id"), "restored", &[]), &expected, &[]);
+}
+
+fn copy(from: &Path, to: &Path) {
+    testdata::cluster::succeed(std::process::Command::new("cp").arg("-a").args([from, to])).unwrap();
+}
+
+fn a_promoted_standby_goes_on_from_the_backups_of_its_primary(lab: &Lab) {
+    let primary = lab.cluster(&options(lab));
+    furnish(&primary);
+    let mut standby = primary.make_standby().unwrap();
+    lab.backup(&primary, &[]);
+    primary.sql_each("postgres", &["DELETE FROM t WHERE id > 10000", "VACUUM t", "CHECKPOINT"]).unwrap();
+    let written = primary.query_value("postgres", "SELECT pg_current_wal_lsn()").unwrap();
+    let replayed = format!("SELECT pg_last_wal_replay_lsn() >= '{written}'");
+    standby.wait_for("replay", |standby| standby.query_value("postgres", &replayed).is_ok_and(|is| is == "t")).unwrap();
+    standby.promote().unwrap();
+    standby
+        .sql_each("postgres", &["INSERT INTO t SELECT i, 'grown' FROM generate_series(50000, 59000) i", "CHECKPOINT"])
+        .unwrap();
+    let report = lab.backup(&standby, &["--detect", "wal"]);
+    assert_eq!((text(&report, "detector"), text(&report, "type")), ("wal", "incremental"));
+    let audit = lab.backup(&standby, &["--parent", "oldest", "--detect", "wal", "--audit"]);
+    assert_eq!(number(&audit["audit"], "missed_count"), 0, "{audit}");
+    let expected = dump(&standby, &[]);
+    judge(lab.restore(text(&report, "id"), "restored", &[]), &expected, &[]);
+    // The old primary goes on where nobody follows it: its WAL is another past.
+    primary.sql_each("postgres", &["UPDATE t SET content = 'alone' WHERE id < 500", "CHECKPOINT"]).unwrap();
+    let alone = lab.backup(&primary, &[]);
+    assert_eq!(text(&alone, "detector"), "scan", "{alone}");
+    let expected = dump(&primary, &[]);
+    judge(lab.restore(text(&alone, "id"), "restored-alone", &[]), &expected, &[]);
+}
+
+fn checksums_switched_on_mean_a_scan(lab: &Lab) {
+    let mut source = lab.cluster(&ClusterOptions { checksums: false, ..options(lab) });
+    furnish(&source);
+    lab.backup(&source, &[]);
+    source.stop(StopMode::Fast).unwrap();
+    let mut tool = source.tool("pg_checksums").unwrap();
+    testdata::cluster::succeed(tool.arg("--enable").arg("-D").arg(source.data_dir())).unwrap();
+    source.start().unwrap();
+    let report = lab.backup(&source, &[]);
+    assert_eq!(text(&report, "detector"), "scan");
+    assert!(text(&report, "detector_reason").contains("checksums"), "{report}");
+    let expected = dump(&source, &[]);
+    judge(lab.restore(text(&report, "id"), "restored", &[]), &expected, &[]);
+}
