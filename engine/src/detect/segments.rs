@@ -275,3 +275,6 @@ impl OpenSegment {
         Error::corrupt(self.path.display().to_string(), what)
     }
 }
+
+#[cfg(test)]
+mod tests;

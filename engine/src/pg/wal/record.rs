@@ -348,3 +348,6 @@ pub(super) fn locator_at(bytes: &[u8], offset: usize) -> Option<RelFileLocator> 
 fn unknown_id(id: u8) -> String {
     format!("a header of an unknown kind, {id}")
 }
+
+#[cfg(test)]
+mod tests;
