@@ -4,6 +4,11 @@
 //! names too many costs time, and one that names too few loses data. The scan names all; it is always possible, and what every other detector
 //! will be measured against. In doubt it is the scan.
 //!
+//! What the log and the server's summaries of it say is gathered in a [`ChangeMap`], which has the rule for what must be read, in one place for
+//! both. [`WalFiles`] finds the log's segments, in `pg_wal` or an archive, and [`WalChanges`] gathers their records; [`Summaries`] reads
+//! what PostgreSQL 17 and later wrote about them. What each of them covers is a [`Coverage`], and it is asked before anything is trusted. No
+//! backup uses them yet.
+//!
 //! What goes wrong: a detector is asked for that cannot cover the range from the parent's start to this start. Then
 //! [`choose`] refuses, instead of taking something else silently.
 

@@ -18,7 +18,7 @@ use pgstrata_engine::pg::{
     BlocksPerSegment, ForkNumber, Lsn, RelFileLocator, RelationFile, SegmentNumber, TimelineHistory, WalLevel,
     WalRange, WalSource,
 };
-use testdata::cluster::{Cluster, ClusterOptions, StopMode};
+use testdata::cluster::{Cluster, ClusterOptions, StopMode, succeed};
 use testdata::servers::{Cache, Installation};
 
 use snapshot::Snapshot;
@@ -39,6 +39,7 @@ for_majors!(every_block_that_changed_is_in_the_log:
     changes_of_18 = 18);
 for_majors!(a_truncation_before_a_promotion_and_growth_after_it_are_in_the_log:
     promotion_of_13 = 13, promotion_of_15 = 15, promotion_of_18 = 18);
+for_majors!(a_relation_that_takes_the_number_of_a_dropped_one_is_read_whole: reuse_of_18 = 18);
 for_majors!(a_stretch_of_minimal_wal_is_noticed: minimal_of_13 = 13, minimal_of_16 = 16, minimal_of_18 = 18);
 
 /// The server of `major` and the client programs; `None`, said aloud, where they cannot be had.
@@ -132,6 +133,42 @@ fn every_block_that_changed_is_in_the_log(server: &Arc<Installation>, tools: &Ar
     if major >= 17 {
         summaries_say_the_same(&mut cluster, &between, &map);
     }
+}
+
+fn a_relation_that_takes_the_number_of_a_dropped_one_is_read_whole(
+    server: &Arc<Installation>,
+    tools: &Arc<Installation>,
+) {
+    let mut cluster = Cluster::create(server, tools, &options(server.major)).unwrap();
+    let rows = cluster.user().make_dir(cluster.scratch(), "rows").unwrap().join("rows");
+    cluster.sql("postgres", "CREATE TABLE old AS SELECT i, repeat('x', 500) FROM generate_series(1, 9000) i").unwrap();
+    let old = snapshot::locator_of(&cluster, "old");
+    let copy = format!("COPY (SELECT * FROM old LIMIT 1700) TO '{}'", rows.display());
+    cluster.sql("postgres", &copy).unwrap();
+    cluster.stop(StopMode::Fast).unwrap();
+    // As if the counter of numbers had come round.
+    let mut reset = cluster.tool("pg_resetwal").unwrap();
+    succeed(reset.args(["-o", &old.rel.to_string()]).arg(cluster.data_dir())).unwrap();
+    cluster.start().unwrap();
+    let before = snapshot(&mut cluster);
+    cluster.start().unwrap();
+    // The file is gone for good after a checkpoint, and the next relation of that number is the first one made.
+    cluster
+        .sql_each(
+            "postgres",
+            &["DROP TABLE old", "CHECKPOINT", "VACUUM pg_class", "CREATE TABLE new (i int, content text)"],
+        )
+        .unwrap();
+    assert_eq!(snapshot::locator_of(&cluster, "new"), old);
+    // It is extended by more pages than are filled; they are in no record.
+    cluster.sql("postgres", &format!("COPY new FROM '{}'", rows.display())).unwrap();
+    let unfilled = "SELECT pg_relation_size('new') / 8192 - 1 > (max(ctid)::text::point)[0] FROM new";
+    assert_eq!(cluster.query_value("postgres", unfilled).unwrap(), "t");
+    let after = snapshot(&mut cluster);
+    let pg_wal = cluster.data_dir().join("pg_wal");
+    let map = Between::of(&before, &after, &pg_wal).gather(&[&pg_wal], &after).unwrap();
+    let missed = after.changes_since(&before).find(|(file, block)| !after.is_read(&map, &before, *file, *block));
+    assert_eq!(missed, None);
 }
 
 /// An archive that keeps every segment in another way, and nothing else.

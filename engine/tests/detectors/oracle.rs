@@ -1,6 +1,10 @@
 //! The log as the server's own programs read it, and as ours do, in the same words.
 //!
+//! There is no `pg_waldump` of 13 and 14 to be fetched; `PGSTRATA_PG_WALDUMP_13` and `_14` say where one is that was built.
+//!
 //! A record is its LSN and, for each block, what PostgreSQL says of it: `0/1500028: #0 1663/5/2619 main 3 hole 40+3000; #1 ...`.
+
+use std::process::Command;
 
 use pgstrata_engine::detect::WalFiles;
 use pgstrata_engine::pg::{BlockReference, BlockSize, Lsn, RecordDecoder, WalSource};
@@ -8,18 +12,20 @@ use testdata::cluster::{Cluster, succeed};
 
 /// As `pg_waldump` has it, or `pg_walinspect`; `None`, said aloud, where there is neither.
 pub fn records(cluster: &Cluster, start: Lsn, end: Lsn) -> Option<Vec<String>> {
-    if cluster.server().has("pg_waldump") {
-        Some(dumped(cluster, start, end))
+    let major = cluster.server().major;
+    if let Some(built) = std::env::var_os(format!("PGSTRATA_PG_WALDUMP_{major}")) {
+        Some(dumped(Command::new(built), cluster, start, end))
+    } else if cluster.server().has("pg_waldump") {
+        Some(dumped(cluster.tool("pg_waldump").unwrap(), cluster, start, end))
     } else if cluster.has_extension("pg_walinspect") {
         Some(inspected(cluster, start, end))
     } else {
-        eprintln!("skipped: no pg_waldump and no pg_walinspect of PostgreSQL {}", cluster.server().major);
+        eprintln!("skipped: no pg_waldump and no pg_walinspect of PostgreSQL {major}");
         None
     }
 }
 
-fn dumped(cluster: &Cluster, start: Lsn, end: Lsn) -> Vec<String> {
-    let mut dump = cluster.tool("pg_waldump").unwrap();
+fn dumped(mut dump: Command, cluster: &Cluster, start: Lsn, end: Lsn) -> Vec<String> {
     dump.arg("-b").arg("-p").arg(cluster.data_dir().join("pg_wal"));
     dump.args(["-s", &start.to_string(), "-e", &end.to_string()]);
     let text = String::from_utf8_lossy(&succeed(&mut dump).unwrap().stdout).into_owned();
@@ -55,7 +61,8 @@ fn blocks(text: &str) -> String {
         let words: Vec<&str> = rest.split([' ', ',', ';']).filter(|word| !word.is_empty()).collect();
         let after = |name: &str| words.iter().position(|word| *word == name).map(|at| words[at + 1]);
         let hole = after("offset:").map(|offset| format!(" hole {offset}+{}", after("length:").unwrap()));
-        let method = after("method:").map(|method| format!(" {method}"));
+        // 13 and 14 know one method, and don't name it.
+        let method = after("method:").or(after("saved:").map(|_| "pglz")).map(|method| format!(" {method}"));
         let fork = after("fork").unwrap_or("main");
         let (hole, method) = (hole.unwrap_or_default(), method.unwrap_or_default());
         format!(" #{id} {} {fork} {}{hole}{method};", words[0], after("blk").unwrap())

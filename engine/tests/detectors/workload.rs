@@ -23,7 +23,7 @@ pub fn furnish(cluster: &Cluster) {
                 md5(i::text) AS content FROM generate_series(1, 20000) i";
     cluster.sql("postgres", &format!("CREATE TABLE busy AS {rows}")).unwrap();
     let space = format!("CREATE TABLESPACE space LOCATION '{}'", space.display());
-    cluster.sql_each("postgres", &[&space, "CREATE DATABASE other", "CREATE DATABASE doomed"]).unwrap();
+    cluster.sql_each("postgres", &[&space, "CREATE DATABASE other"]).unwrap();
     for name in ["untouched", "shrinks", "truncated", "dropped", "rewritten", "clustered", "moved", "altered"] {
         cluster.sql("postgres", &format!("CREATE TABLE {name} AS SELECT * FROM busy")).unwrap();
     }
@@ -45,11 +45,16 @@ pub fn furnish(cluster: &Cluster) {
                 "ALTER TABLE long ALTER content SET STORAGE EXTERNAL",
                 "INSERT INTO long SELECT i, repeat(md5(i::text), 300) FROM generate_series(1, 200) i",
                 "SELECT nextval('counter')",
-                "VACUUM (FREEZE, ANALYZE)",
+                // Empty pages at the end, that only a truncation will name.
+                "DELETE FROM shrinks WHERE id > 9000",
+                "VACUUM (FREEZE, ANALYZE, TRUNCATE false)",
             ],
         )
         .unwrap();
     cluster.sql("other", "CREATE TABLE t AS SELECT i FROM generate_series(1, 20000) i").unwrap();
+    cluster
+        .sql_each("postgres", &["CREATE DATABASE doomed TEMPLATE other", "CREATE DATABASE reborn TEMPLATE other"])
+        .unwrap();
 }
 
 /// The work.
@@ -69,6 +74,8 @@ pub fn work(cluster: &mut Cluster) {
 }
 
 fn rows(cluster: &Cluster) {
+    let rows = cluster.user().make_dir(cluster.scratch(), "rows").unwrap().join("rows");
+    let rows = rows.display();
     cluster
         .sql_each(
             "postgres",
@@ -84,9 +91,10 @@ fn rows(cluster: &Cluster) {
                 "SELECT brin_summarize_new_values(oid) FROM pg_class WHERE relname = 'busy_id_idx'",
                 "SELECT id FROM busy WHERE id < 100 FOR UPDATE",
                 "UPDATE long SET content = repeat('y', 9000) WHERE id % 5 = 0",
-                "DELETE FROM shrinks WHERE id > 9000",
                 "VACUUM shrinks",
-                "INSERT INTO shrinks SELECT * FROM untouched WHERE id > 19000",
+                // Extends the table by more pages than it fills, and they stay zero (16+).
+                &format!("COPY (SELECT * FROM untouched WHERE id > 15500) TO '{rows}'"),
+                &format!("COPY shrinks FROM '{rows}'"),
                 "DO $$ BEGIN FOR i IN 1..200 LOOP PERFORM nextval('counter'); END LOOP; END $$",
                 // Hint bits are in the log because of checksums.
                 "SELECT count(*) FROM busy",
@@ -165,15 +173,21 @@ fn databases(cluster: &Cluster) {
                 &format!("CREATE DATABASE copied TEMPLATE other{}", strategy("file_copy")),
                 &format!("CREATE DATABASE logged TEMPLATE other{}", strategy("wal_log")),
                 "DROP DATABASE doomed",
-                "ALTER DATABASE copied SET TABLESPACE space",
-                "ALTER DATABASE copied SET TABLESPACE pg_default",
-                "CREATE DATABASE stays TEMPLATE other",
-                "ALTER DATABASE stays SET TABLESPACE space",
+                "ALTER DATABASE other SET TABLESPACE space",
             ],
         )
         .unwrap();
     cluster.sql("copied", "DELETE FROM t WHERE i % 2 = 0").unwrap();
     cluster.sql("logged", "INSERT INTO t SELECT i FROM generate_series(1, 999) i").unwrap();
+    // There and back: the same paths, and what happened in between is in the log under other names.
+    cluster.sql("other", "DELETE FROM t WHERE i % 3 = 0").unwrap();
+    cluster.sql("postgres", "ALTER DATABASE other SET TABLESPACE pg_default").unwrap();
+    if has_strategy {
+        // A database takes the number of one that was dropped, and its relations those of the template.
+        let oid = cluster.query_value("postgres", "SELECT oid FROM pg_database WHERE datname = 'reborn'").unwrap();
+        let again = format!("CREATE DATABASE reborn TEMPLATE other STRATEGY file_copy OID {oid}");
+        cluster.sql_each("postgres", &["DROP DATABASE reborn", &again]).unwrap();
+    }
 }
 
 /// The SP-GiST indexes of the database postgres.
