@@ -12,15 +12,18 @@ pub use crate::repo::fuzz::{fingerprints, locations, manifest, pack, page, seale
 use crate::chunk::{ChunkId, Codec, Decoder, Shape, hex};
 use crate::detect::{ChangeMap, FileLength, sealed_changes};
 use crate::pg::{
-    BackupLabel, BlocksPerSegment, ControlFile, ForkNumber, Lsn, MajorVersion, PgBackupManifest, RelationFile,
-    SegmentNumber, SystemIdentifier, TablespaceMap, TimelineHistory, TimelineId, WalBlockSize, WalPageHeader,
-    WalSegmentName, WalSegmentSize, WalSource, WalStep, WalWalker, check_relation_map,
+    BackupLabel, BlockSize, BlocksPerSegment, ControlFile, ForkNumber, Lsn, MajorVersion, PgBackupManifest,
+    RecordDecoder, RelationFile, SegmentNumber, SystemIdentifier, TablespaceMap, TimelineHistory, TimelineId,
+    WalBlockSize, WalPageHeader, WalRecord, WalSegmentName, WalSegmentSize, WalSource, WalStep, WalSummaryReader,
+    WalSummaryStep, WalWalker, check_relation_map, parse_wal_summary_name, wal_summary_name,
 };
 
 /// Where pg_control has its CRC, by versions.
 const CONTROL_CRC_OFFSETS: [usize; 3] = [288, 292, 304];
 /// Blocks of a relation's file at most.
 const WHOLE_SEGMENT: u32 = BlocksPerSegment::DEFAULT.as_u32();
+/// How a WAL summary begins.
+const SUMMARY_MAGIC: u32 = 0x652B_137B;
 /// Bytes of a WAL page.
 const WAL_PAGE_LEN: u32 = 8192;
 
@@ -99,6 +102,7 @@ pub fn wal(bytes: &[u8]) {
 }
 
 fn walk(source: WalSource, start: Lsn, bytes: &[u8]) {
+    let major = source.major;
     let Some(stop) = start.checked_add(bytes.len() as u64) else { return };
     let Ok(mut walker) = WalWalker::new(source, start, stop) else { return };
     let piece = 1 + 37 * usize::from(bytes.first().copied().unwrap_or_default());
@@ -107,7 +111,7 @@ fn walk(source: WalSource, start: Lsn, bytes: &[u8]) {
         steps += 1;
         assert!(steps <= 4 * bytes.len() + 4, "the walk goes nowhere");
         match step {
-            WalStep::Record(record) => drop((record.main_data().map(<[u8]>::len), record.rmgr(), record.info())),
+            WalStep::Record(record) => use_record(record, major),
             WalStep::Finished => return,
             WalStep::NeedBytes { at } => {
                 let from = at.as_u64().checked_sub(start.as_u64()).and_then(|from| usize::try_from(from).ok());
@@ -116,6 +120,48 @@ fn walk(source: WalSource, start: Lsn, bytes: &[u8]) {
                     return;
                 }
                 walker.feed(&rest[..rest.len().min(piece)]);
+            }
+        }
+    }
+}
+
+fn use_record(record: WalRecord<'_>, major: MajorVersion) {
+    let mut decoder = RecordDecoder::new(major, BlockSize::DEFAULT);
+    let Ok(decoded) = decoder.decode(record) else { return };
+    assert!(decoded.blocks.is_sorted_by(|a, b| a.id < b.id), "blocks out of order");
+    let alone = record.main_data().is_none_or(|data| data == decoded.main_data);
+    assert!(alone, "two readings of a record's data");
+    let _ = decoded.storage_changes(major, |_| ());
+}
+
+/// The fragments of a record, without the CRC before them; the first two bytes are its kind and resource manager.
+pub fn wal_record(bytes: &[u8]) {
+    let Some(([info, rmgr], fragments)) = bytes.split_first_chunk() else { return };
+    let record = [&[0; 16], &[*info, *rmgr, 0, 0, 0, 0, 0, 0][..], fragments].concat();
+    for major in (13..=19).filter_map(MajorVersion::new) {
+        use_record(WalRecord::new_unchecked(Lsn::new(1), &record), major);
+    }
+}
+
+/// A WAL summary, and one without its magic and CRC; and its name.
+pub fn wal_summary(bytes: &[u8]) {
+    if let Some(range) = parse_wal_summary_name(bytes) {
+        assert_eq!(wal_summary_name(range).as_bytes(), bytes, "a summary's name does not read back");
+    }
+    let unsealed = [&SUMMARY_MAGIC.to_le_bytes(), bytes].concat();
+    let crc = crc32c::crc32c(&unsealed).to_le_bytes();
+    for file in [bytes.to_vec(), [&unsealed, &crc[..]].concat()] {
+        let mut reader = WalSummaryReader::new();
+        let mut pieces = file.chunks(1 + 37 * usize::from(bytes.first().copied().unwrap_or_default()));
+        while let Ok(step) = reader.step() {
+            match step {
+                WalSummaryStep::NeedBytes => match pieces.next() {
+                    Some(piece) => reader.feed(piece),
+                    None => break,
+                },
+                WalSummaryStep::Blocks(blocks) => assert!(blocks.len() <= 1 << 16, "more blocks than a chunk has"),
+                WalSummaryStep::Fork(_) => {}
+                WalSummaryStep::Finished => break,
             }
         }
     }

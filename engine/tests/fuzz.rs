@@ -186,3 +186,32 @@ fn no_wal_makes_the_walker_panic_or_stand_still() {
     // Mutations behind the first page of records are seldom; these are near its beginning.
     run(fuzz::wal, &heads.iter().map(|head| head[..head.len().min(300)].to_vec()).collect::<Vec<_>>());
 }
+
+#[test]
+fn no_fragments_make_the_record_decoder_panic() {
+    let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
+    let locator = words(&[1663, 5, 16384]);
+    // An image of 15 with a hole that is compressed, a block of the same relation, an origin, data.
+    let blocks = [
+        &[0x20, 10, 0, 0x30, 3, 0, 4, 0, 40, 0, 0x07, 0, 16][..],
+        &locator,
+        &[7, 0, 0, 0, 1, 0x82, 0, 0, 9, 0, 0, 0, 253, 1, 0, 252, 9, 0, 0, 0, 255, 2],
+        &[1; 4],
+        &[2; 3],
+        &[5, 6],
+    ];
+    let commit = [&[0x81, 1, 255, 52], words(&[1, 1, 7, 5, 1663, 2, 8, 9, 1, 1663, 5, 16384, 3]).as_slice()].concat();
+    let dropped = [&[0x21, 4, 255, 16], words(&[20, 2, 1663, 1700]).as_slice()].concat();
+    let cut = [&[0x21, 2, 254, 24, 0, 0, 0], words(&[9, 1663, 5, 16384, 7, 0]).as_slice()].concat();
+    run(fuzz::wal_record, &[blocks.concat(), commit, dropped, cut]);
+}
+
+#[test]
+fn no_wal_summary_makes_its_reader_panic() {
+    let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
+    let list = [words(&[1663, 5, 16384, 0, 9, 2]), vec![3, 0, 1, 0, 1, 0, 2, 0, 9, 0, 4, 0]].concat();
+    let bitmap = [words(&[1663, 5, 16385, 2, u32::MAX, 1]), vec![0, 16], vec![0x5A; 8192]].concat();
+    let end = [0; 24];
+    run(fuzz::wal_summary, &[[&list, &end[..]].concat(), [&list, &bitmap, &end[..]].concat()]);
+    run(fuzz::wal_summary, &[b"0000000A00000001020000280000000102FFFFF0.summary".to_vec()]);
+}

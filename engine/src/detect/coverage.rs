@@ -65,7 +65,7 @@ impl Coverage {
     fn missing_from(&self, needed: &WalRange) -> Option<Lsn> {
         let from = (needed.timeline, Lsn::INVALID)..=(needed.timeline, needed.start);
         let end = self.ranges.range(from).next_back().map_or(needed.start, |(_, end)| *end);
-        (end < needed.end).then(|| end.max(needed.start))
+        Some(end.max(needed.start)).filter(|at| *at < needed.end)
     }
 }
 

@@ -4,7 +4,10 @@
 //! names too many costs time, and one that names too few loses data. The scan names all; it is always possible, and what every other detector
 //! will be measured against. In doubt it is the scan.
 //!
-//! What each of them needs, and which one a backup takes, stands in `backup/changes.rs`. Here is how they read what they read.
+//! What the log and the server's summaries of it say is gathered in a [`ChangeMap`], which has the rule for what must be read, in one place for
+//! both. [`WalFiles`] finds the log's segments, in `pg_wal` or an archive, and [`WalChanges`] gathers their records; [`Summaries`] reads
+//! what PostgreSQL 17 and later wrote about them. What each of them covers is a [`Coverage`], and it is asked before anything is trusted.
+//! Which detector a backup takes, and when none is trusted, stands in `backup/changes.rs`.
 
 mod change_map;
 mod coverage;

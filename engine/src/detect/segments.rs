@@ -295,3 +295,6 @@ impl OpenSegment {
         Error::corrupt(self.path.display().to_string(), what)
     }
 }
+
+#[cfg(test)]
+mod tests;

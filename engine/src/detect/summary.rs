@@ -164,3 +164,6 @@ fn add_fork(map: &mut ChangeMap, SummarizedFork { locator, fork, limit }: Summar
         map.set_limit(locator, fork, limit);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -81,3 +81,6 @@ fn incomplete(from: &str) -> Error {
     let what = format!("the log does not tell every change: wal_level is minimal {from}");
     Error::new(ErrorKind::Unsupported, what).hint("changes can be found by reading everything (--detect scan)")
 }
+
+#[cfg(test)]
+mod tests;

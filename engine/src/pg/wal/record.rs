@@ -295,6 +295,7 @@ struct ImageHeader {
 
 impl Header {
     /// Reads one, and what follows it; `None` if it is cut short.
+    #[inline]
     fn read(bytes: &[u8], compressed_flags: u8) -> Option<(Header, &[u8])> {
         let (id, rest) = bytes.split_first()?;
         let (header, len) = match *id {
@@ -311,6 +312,7 @@ impl Header {
 
 impl BlockHeader {
     /// Reads what follows the id, and what follows that.
+    #[inline]
     fn read(id: u8, bytes: &[u8], compressed_flags: u8) -> Option<(Header, &[u8])> {
         let (flags, data_len) = (*bytes.first()?, u16_at(bytes, 1)?);
         let mut rest = bytes.get(3..)?;
@@ -330,6 +332,7 @@ impl BlockHeader {
 }
 
 impl ImageHeader {
+    #[inline]
     fn read(bytes: &[u8], compressed_flags: u8) -> Option<(ImageHeader, &[u8])> {
         let (len, hole_offset, flags) = (u16_at(bytes, 0)?, u16_at(bytes, 2)?, *bytes.get(4)?);
         let stores_hole_len = flags & HAS_HOLE != 0 && flags & compressed_flags != 0;
@@ -340,6 +343,7 @@ impl ImageHeader {
 }
 
 /// The relation that stands at `offset`.
+#[inline]
 pub(super) fn locator_at(bytes: &[u8], offset: usize) -> Option<RelFileLocator> {
     let [spc, db, rel] = [0, 4, 8].map(|field| u32_at(bytes, offset + field));
     Some(RelFileLocator { spc: TablespaceOid::new(spc?), db: DatabaseOid::new(db?), rel: RelFileNumber::new(rel?) })
@@ -348,3 +352,6 @@ pub(super) fn locator_at(bytes: &[u8], offset: usize) -> Option<RelFileLocator> 
 fn unknown_id(id: u8) -> String {
     format!("a header of an unknown kind, {id}")
 }
+
+#[cfg(test)]
+mod tests;

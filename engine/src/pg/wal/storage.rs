@@ -175,6 +175,7 @@ fn dropped_by_transaction(kind: u8, data: &[u8], mut each: impl FnMut(StorageCha
     if flags & HAS_SUBTRANSACTIONS != 0 {
         at = skip(at, count_at(data, at)?, 4)?;
     }
+    data.get(at..)?;
     if flags & HAS_RELATIONS != 0 {
         let count = count_at(data, at)?;
         let relations = data.get(at + 4..skip(at, count, LOCATOR_LEN)?)?;
@@ -211,3 +212,6 @@ fn count_at(data: &[u8], at: usize) -> Option<usize> {
 fn skip(at: usize, count: usize, item_len: usize) -> Option<usize> {
     count.checked_mul(item_len)?.checked_add(at + 4)
 }
+
+#[cfg(test)]
+mod tests;

@@ -74,8 +74,7 @@ pub struct WalRecord<'a> {
 }
 
 impl<'a> WalRecord<'a> {
-    /// A record of bytes that nobody checked.
-    #[cfg(test)]
+    /// A record of bytes that nobody checked; it has a header.
     pub(crate) fn new_unchecked(lsn: Lsn, bytes: &'a [u8]) -> Self {
         WalRecord { lsn, end: lsn, bytes }
     }

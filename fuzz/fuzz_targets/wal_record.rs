@@ -1,0 +1,5 @@
+//! See `engine::fuzz::wal_record`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| engine::fuzz::wal_record(bytes));
