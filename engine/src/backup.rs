@@ -27,7 +27,6 @@ mod judge;
 mod part;
 mod rate;
 mod salvage;
-mod stored;
 mod wal;
 
 use std::collections::HashMap;
@@ -49,7 +48,6 @@ use self::copy::{Changes, Content, Copier, Item, Totals};
 use self::judge::{Judge, Suspect};
 use self::rate::RateLimit;
 use self::salvage::Salvage;
-use self::stored::StoredChanges;
 use self::wal::WalRange;
 pub use crate::chunk::Compression;
 pub use crate::detect::DetectorChoice;
@@ -586,7 +584,6 @@ impl<'r, 'p> Run<'r, 'p> {
         let start = start.unwrap_or(control.redo);
         let question = Question {
             repo: plan.repo,
-            cluster: &plan.options.cluster,
             parent,
             control: &control,
             data_dir,
@@ -598,13 +595,6 @@ impl<'r, 'p> Run<'r, 'p> {
             notice: &|text| self.progress.notice(text),
         };
         let found = question.answer(plan.options.detector)?;
-        if let Some(new) = &found.new {
-            let first = new.coverage().ranges().map(|range| range.start).min().unwrap_or(parent.start_lsn);
-            let kept = StoredChanges::put(plan.repo, &plan.options.cluster, new, timeline, (first, start));
-            if let Err(error) = kept {
-                self.progress.notice(&format!("what the log says is not kept for later backups: {error}"));
-            }
-        }
         if self.is_due_for_audit()? {
             let detector = found.detection.detector;
             let reason = match detector {

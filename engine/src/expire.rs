@@ -36,8 +36,8 @@ use crate::chunk::Compression;
 use crate::error::{Error, ErrorKind, Result};
 use crate::progress::{Phase, Progress};
 use crate::repo::{
-    BackupId, BackupSummary, Catalog, ChangesName, ClusterName, Lease, LeaseRecord, LeaseRequest, Operation, PackName,
-    Repository, leases, remove_lease,
+    BackupId, BackupSummary, Catalog, ClusterName, Lease, LeaseRecord, LeaseRequest, Operation, PackName, Repository,
+    leases, remove_lease,
 };
 use crate::store::ObjectName;
 
@@ -349,20 +349,7 @@ impl Collector<'_> {
         for id in self.repo.marks(self.cluster)?.iter().filter(|id| gone(id)) {
             self.repo.set_mark(self.cluster, *id, None)?;
         }
-        self.forget_the_log()?;
         self.report.bytes_freed += self.repo.sweep(self.cluster)?;
-        Ok(())
-    }
-
-    /// Deletes what is known of the log before the oldest backup that is there: no incremental needs it.
-    fn forget_the_log(&mut self) -> Result<()> {
-        let catalog = self.repo.catalog(self.cluster)?;
-        let oldest = catalog.backups().iter().map(|backup| backup.start_lsn).min();
-        for (name, len) in ChangesName::list(self.repo, self.cluster)? {
-            if oldest.is_none_or(|oldest| name.end <= oldest) {
-                self.delete(&name.object(self.cluster)?, len);
-            }
-        }
         Ok(())
     }
 

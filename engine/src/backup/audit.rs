@@ -14,6 +14,8 @@ use crate::pg::{
     BlockNumber, BlocksPerSegment, ControlFile, Lsn, PageCheck, RelationFile, check_page, is_zero, page_lsn,
 };
 
+/// How the contents of an SP-GiST index's first page begin (`spgist_private.h`, `SPGIST_MAGIC_NUMBER`).
+const SPGIST_MAGIC: [u8; 4] = 0xBA0B_ABEE_u32.to_le_bytes();
 /// Blocks that are named at most.
 const MAX_MISSED: usize = 1000;
 
@@ -23,6 +25,8 @@ const MAX_MISSED: usize = 1000;
 pub enum Cause {
     /// Hint bits, in a cluster that does not log them: nothing that a restore would miss.
     HintBits,
+    /// SP-GiST's first page, where it remembers free space in no record: nothing that a restore would miss.
+    FreeSpaceCache,
     /// The page says that it was changed in the log's range, and the detector does not know of it.
     Untracked,
     /// The bytes changed, the page's LSN did not, and the log would know: written by something else than PostgreSQL, or an old version that came back.
@@ -36,6 +40,7 @@ impl Cause {
     pub fn explanation(self) -> &'static str {
         match self {
             Cause::HintBits => "hint bits, which this cluster does not log",
+            Cause::FreeSpaceCache => "SP-GiST's memory of free space, which is never logged",
             Cause::Untracked => "its page says that it was changed, which the detector did not know",
             Cause::LostWrite => "its bytes changed but its LSN did not: a lost write, or a write past the log",
             Cause::BitRot => "its bytes changed and its checksum is wrong: bit rot",
@@ -65,7 +70,7 @@ pub struct AuditReport {
     pub detector: String,
     /// How many blocks it would have missed.
     pub missed_count: u64,
-    /// How many of them by more than hint bits.
+    /// How many of them by more than hints.
     pub serious_count: u64,
     /// The first of them.
     pub missed: Vec<MissedBlock>,
@@ -100,7 +105,7 @@ impl Audit {
         let Some(cause) = self.cause(page, BlockNumber::new(in_fork)) else { return };
         let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
         report.missed_count += 1;
-        report.serious_count += u64::from(cause != Cause::HintBits);
+        report.serious_count += u64::from(!matches!(cause, Cause::HintBits | Cause::FreeSpaceCache));
         if report.missed.len() < MAX_MISSED {
             let (relation, fork, lsn) = (file.locator.to_string(), file.fork.to_string(), page_lsn(page));
             report.missed.push(MissedBlock { relation, fork, block: in_fork, lsn, cause });
@@ -114,6 +119,7 @@ impl Audit {
         let damaged = !zero && self.has_checksums && !matches!(check_page(page, block), PageCheck::Valid);
         match () {
             () if damaged => Some(Cause::BitRot),
+            () if page.get(24..28) == Some(&SPGIST_MAGIC) => Some(Cause::FreeSpaceCache),
             () if lsn >= start => None,
             () if lsn >= parent_start => Some(Cause::Untracked),
             () if zero || self.logs_hints => Some(Cause::LostWrite),

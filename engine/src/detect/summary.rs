@@ -19,8 +19,8 @@ use std::path::{Path, PathBuf};
 use super::{ChangeMap, Coverage, CoverageCheck};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{
-    Lsn, RelFileLocator, RelFileNumber, SummarizedFork, SystemIdentifier, TimelineId, WalRange, WalSummaryReader,
-    WalSummaryStep, parse_wal_summary_name, wal_summary_name,
+    RelFileLocator, RelFileNumber, SummarizedFork, SystemIdentifier, WalRange, WalSummaryReader, WalSummaryStep,
+    parse_wal_summary_name, wal_summary_name,
 };
 
 /// Bytes read at once.
@@ -63,11 +63,6 @@ impl Summaries {
         let mut coverage = Coverage::default();
         self.listed.iter().for_each(|range| coverage.add(*range));
         coverage
-    }
-
-    /// Whether one begins exactly here. The server begins one at each redo position, so at the start of each backup that it lived to see.
-    pub fn begin_at(&self, timeline: TimelineId, start: Lsn) -> bool {
-        self.listed.iter().any(|range| range.timeline == timeline && range.start == start)
     }
 
     /// Whether they cover all of the `needed` ranges.

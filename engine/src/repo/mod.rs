@@ -31,7 +31,6 @@ pub use lease::{Lease, LeaseRequest, Operation, give_up_leases};
 pub(crate) use lease::{LeaseRecord, leases, remove_lease};
 pub(crate) use manifest::MAX_CORRUPT_PAGES;
 pub use manifest::{BackupType, ByteString, CorruptPage, Manifest, Setting, TablespaceLocation, WalSpan};
-pub(crate) use names::ChangesName;
 pub use names::{BackupId, ClusterName, PackKind, PackName};
 pub use pack::{Finished, PackInfo, Packer, Place};
 pub(crate) use pack::{Group, PackTable, check_pack, read_record, with_lengths};

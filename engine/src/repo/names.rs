@@ -1,7 +1,6 @@
 //! The names of backups, clusters and objects; every object name of the repository is made here.
 
 use std::fmt;
-use std::ops::Range;
 use std::str::FromStr;
 
 use jiff::Timestamp;
@@ -9,7 +8,6 @@ use jiff::tz::TimeZone;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::pg::{Lsn, TimelineId};
 use crate::store::ObjectName;
 
 /// The name of the object that makes a store a repository.
@@ -249,48 +247,6 @@ pub(crate) fn marks(cluster: &ClusterName) -> String {
 /// The mark of a damaged backup.
 pub(crate) fn mark(cluster: &ClusterName, id: BackupId) -> Result<ObjectName> {
     ObjectName::new(format!("{}{id}", marks(cluster)))
-}
-
-/// The prefix of what is known of a cluster's log.
-pub(crate) fn changes(cluster: &ClusterName) -> String {
-    format!("clusters/{cluster}/changes/")
-}
-
-/// The name of what is known of a part of the log: timeline, start and end, 40 hexadecimal digits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct ChangesName {
-    /// The timeline at its end.
-    pub timeline: TimelineId,
-    /// Where it begins.
-    pub start: Lsn,
-    /// Where it ends.
-    pub end: Lsn,
-}
-
-impl ChangesName {
-    /// The object.
-    pub fn object(self, cluster: &ClusterName) -> Result<ObjectName> {
-        let (timeline, start, end) = (self.timeline.as_u32(), self.start.as_u64(), self.end.as_u64());
-        ObjectName::new(format!("{}{timeline:08X}{start:016X}{end:016X}", changes(cluster)))
-    }
-
-    /// The name that an object has, if it is one.
-    fn parse(object: &ObjectName, cluster: &ClusterName) -> Option<Self> {
-        let digits = object.as_str().strip_prefix(&changes(cluster))?;
-        let number = |range: Range<usize>| u64::from_str_radix(digits.get(range)?, 16).ok();
-        let timeline = TimelineId::new(u32::try_from(number(0..8)?).ok()?);
-        let name = Self { timeline, start: Lsn::new(number(8..24)?), end: Lsn::new(number(24..40)?) };
-        (name.object(cluster).ok()? == *object).then_some(name)
-    }
-
-    /// Those of a cluster, with their lengths.
-    ///
-    /// # Errors
-    /// When the store cannot list.
-    pub fn list(repo: &super::Repository, cluster: &ClusterName) -> Result<Vec<(Self, u64)>> {
-        let found = repo.store().list(&changes(cluster))?;
-        Ok(found.into_iter().filter_map(|object| Some((Self::parse(&object.name, cluster)?, object.len))).collect())
-    }
 }
 
 /// The prefix of a run's packs.
