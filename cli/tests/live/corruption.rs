@@ -27,7 +27,9 @@ fn a_corrupt_page_is_named_by_every_backup_that_holds_it(lab: &Lab) {
     flip(&source.data_dir().join(&file), bytes_at, 16);
     source.start().unwrap();
 
-    let run = || -> Run { lab.pgstrata(lab.backup_args(&source)) };
+    // What WAL does not name is not read by other detectors.
+    let scan = ["--detect".into(), "scan".into()];
+    let run = || -> Run { lab.pgstrata(lab.backup_args(&source).into_iter().chain(scan.clone())) };
     let first = run().json(3);
     assert_names_the_page(&first, &file);
     source.sql("postgres", "UPDATE healthy SET i = 0 WHERE i = 1").unwrap();

@@ -16,6 +16,8 @@ for_majors!(
 for_majors!(wal_that_is_gone_is_found_in_an_archive_or_means_a_scan: gone_on_15 = 15, gone_on_18 = 18);
 for_majors!(a_cluster_that_went_back_in_time_is_scanned: back_on_15 = 15, back_on_18 = 18);
 for_majors!(a_promoted_standby_goes_on_from_the_backups_of_its_primary: promoted_on_15 = 15, promoted_on_18 = 18);
+for_majors!(an_archive_of_another_past_is_not_followed: archive_on_15 = 15, archive_on_18 = 18);
+for_majors!(corrupt_pages_of_the_parent_are_read_again: corrupt_on_15 = 15, corrupt_on_18 = 18);
 for_majors!(checksums_switched_on_mean_a_scan: checksums_on_18 = 18);
 
 fn major(lab: &Lab) -> u32 {
@@ -231,6 +233,75 @@ fn a_cluster_that_went_back_in_time_is_scanned(lab: &Lab) {
     assert_eq!(text(&report, "detector"), "scan", "{report}");
     let expected = dump(&source, &[]);
     judge(lab.restore(text(&report, "id"), "restored", &[]), &expected, &[]);
+}
+
+/// The archive has the log of the past that was given up, up to where the cluster is now.
+fn an_archive_of_another_past_is_not_followed(lab: &Lab) {
+    let archive = lab.dir("archive");
+    let command = format!("archive_command = 'test ! -f {0}/%f && cp %p {0}/%f'", archive.display());
+    let options = ClusterOptions { wal_segment_mb: Some(1), ..ClusterOptions::default() };
+    let options = options.conf("autovacuum = off").conf("max_wal_size = 4MB").conf("min_wal_size = 2MB");
+    let mut source = lab.cluster(&options.conf("archive_mode = on").conf(&command));
+    furnish(&source);
+    source.stop(StopMode::Fast).unwrap();
+    let old = lab.path("old");
+    copy(source.data_dir(), &old);
+    source.start().unwrap();
+    lab.backup(&source, &[]);
+    for _ in 0..4 {
+        source
+            .sql_each("postgres", &["INSERT INTO small SELECT generate_series(1, 9000)", "SELECT pg_switch_wal()"])
+            .unwrap();
+    }
+    let last = source.query_value("postgres", "SELECT pg_walfile_name(pg_switch_wal())").unwrap();
+    let archived = format!("SELECT last_archived_wal >= '{last}' FROM pg_stat_archiver");
+    source
+        .wait_for("the archiver", |source| source.query_value("postgres", &archived).is_ok_and(|is| is == "t"))
+        .unwrap();
+    source.stop(StopMode::Immediate).unwrap();
+    fs::remove_dir_all(source.data_dir()).unwrap();
+    copy(&old, source.data_dir());
+    source.start().unwrap();
+    source.sql_each("postgres", &["UPDATE t SET content = 'now' WHERE id < 100", "SELECT pg_switch_wal()"]).unwrap();
+    source
+        .sql_each("postgres", &["UPDATE t SET content = 'later' WHERE id < 50", "SELECT pg_switch_wal()", "CHECKPOINT"])
+        .unwrap();
+    let report = lab.backup(&source, &["--wal-archive", &archive.display().to_string()]);
+    assert_eq!(text(&report, "detector"), "scan", "{report}");
+    let expected = dump(&source, &[]);
+    judge(lab.restore(text(&report, "id"), "restored", &[]), &expected, &[]);
+}
+
+/// What was garbage when the parent read it is looked at again, and so is told again, or comes back.
+fn corrupt_pages_of_the_parent_are_read_again(lab: &Lab) {
+    let mut source = lab.cluster(&options(lab));
+    furnish(&source);
+    source.sql("postgres", "CHECKPOINT").unwrap();
+    let path = source.query_value("postgres", "SELECT pg_relation_filepath('t')").unwrap();
+    source.stop(StopMode::Fast).unwrap();
+    let path = source.data_dir().join(path);
+    let good = fs::read(&path).unwrap();
+    let mut bad = good.clone();
+    bad[7 * 8192 + 100..7 * 8192 + 3000].fill(0x5A);
+    write_over(&path, &bad);
+    source.start().unwrap();
+    let args = || lab.backup_args(&source);
+    assert_eq!(lab.pgstrata(args()).json(3)["corrupt_pages"].as_array().unwrap().len(), 1);
+    let again = lab.pgstrata(args()).json(3);
+    assert_eq!((text(&again, "detector"), again["corrupt_pages"].as_array().unwrap().len()), ("scan", 1));
+    write_over(&path, &good);
+    let healed = lab.pgstrata(args()).json(0);
+    let expected = dump(&source, &[]);
+    judge(lab.restore(text(&healed, "id"), "restored", &[]), &expected, &[]);
+    let next = lab.backup(&source, &[]);
+    assert_ne!(text(&next, "detector"), "scan", "{next}");
+}
+
+/// Changes a file's bytes, whoever owns it.
+fn write_over(path: &Path, bytes: &[u8]) {
+    use std::os::unix::fs::FileExt;
+    let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(bytes, 0).unwrap();
 }
 
 fn copy(from: &Path, to: &Path) {
