@@ -60,10 +60,10 @@ struct Item {
 }
 
 impl Item {
-    /// Where a line pointer says that it is; `None` if it does not begin with a unit.
+    /// Where a line pointer says that it is; `None` if it does not begin with a unit. One of length 0 leads nowhere, or to another pointer.
     fn at(pointer: u32) -> Option<Self> {
         let (start, len) = ((pointer & 0x7FFF) as usize, (pointer >> 17) as usize);
-        (start % UNIT_LEN == 0).then_some(Item { start: start / UNIT_LEN, count: len.div_ceil(UNIT_LEN) })
+        (len == 0 || start % UNIT_LEN == 0).then_some(Item { start: start / UNIT_LEN, count: len.div_ceil(UNIT_LEN) })
     }
 
     fn is_within(self, units: &Range<usize>) -> bool {
@@ -354,6 +354,14 @@ mod tests {
         assert!(zeros(&out[..LEN]) > zeros(&raw) + 40, "{} and {}", zeros(out), zeros(&raw));
         let items = out[LEN - 16 - 39 * 16..LEN - 32].chunks_exact(16);
         assert!(items.clone().all(|item| item == [0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]));
+        assert_eq!(again(&raw).unwrap(), raw);
+    }
+
+    #[test]
+    fn pointers_that_lead_to_other_pointers_are_passed_over() {
+        let mut raw = page(&[vec![1; 16], vec![2; 16], vec![3; 16]], 0);
+        let redirect = 3_u32 | 2 << 15;
+        raw[HEADER_LEN + 4..HEADER_LEN + 8].copy_from_slice(&redirect.to_le_bytes());
         assert_eq!(again(&raw).unwrap(), raw);
     }
 
