@@ -248,7 +248,7 @@ pub fn fill(source: &Cluster) {
     source.sql_each("postgres", &[rows, "CHECKPOINT"]).unwrap();
 }
 
-/// Backs up slowly, and does something as soon as the server is in backup mode.
+/// Backs up slowly, and does something as soon as the server is in backup mode: after that, it is asked for its timeline and its summaries.
 pub fn back_up_while(lab: &Lab, source: &Cluster, meanwhile: impl FnOnce()) -> Run {
     let mut args = lab.backup_args(source);
     args.extend(SLOW.map(Into::into));
@@ -256,7 +256,7 @@ pub fn back_up_while(lab: &Lab, source: &Cluster, meanwhile: impl FnOnce()) -> R
         let (sender, receiver) = mpsc::channel();
         scope.spawn(move || sender.send(lab.pgstrata(args)).unwrap());
         let begun = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgstrata' \
-                     AND state = 'idle' AND query ~ 'backup_start|start_backup'";
+                     AND state = 'idle' AND query ~ 'backup_start|start_backup|pg_control_checkpoint|summarize_wal'";
         poll(|| source.query_value("postgres", begun).unwrap() != "0");
         meanwhile();
         receiver.recv().unwrap()
