@@ -264,7 +264,7 @@ impl Item {
         u32::try_from(blocks.max(least)).unwrap_or(PART_BLOCKS)
     }
 
-    /// How many blocks a part had in the parent.
+    /// How many blocks a part had in the parent; none if that did not have the file.
     fn parent_part_blocks(&self, block_len: u64, part: u32) -> usize {
         let blocks = self.parent.as_ref().map_or(0, |parent| parent.len.div_ceil(block_len));
         let in_part = blocks.saturating_sub(u64::from(part) * u64::from(PART_BLOCKS)).min(u64::from(PART_BLOCKS));
@@ -412,11 +412,8 @@ impl Run<'_> {
         }
         let slices = std::mem::take(&mut *lock(&part.slices));
         let known = part.parent_blocks.get().copied();
-        let item = &self.items[index];
-        let parent_blocks = known.unwrap_or_else(|| match item.parent {
-            Some(_) => item.parent_part_blocks(self.copier.block_len as u64, part_number),
-            None => 0,
-        });
+        let of_parent = || self.items[index].parent_part_blocks(self.copier.block_len as u64, part_number);
+        let parent_blocks = known.unwrap_or_else(of_parent);
         let vanished = matches!(*lock(&open.reader), Opened::NotYet | Opened::Vanished);
         if !vanished {
             let done = part::write(self.copier.stack, slices, parent_blocks, self.parent_map(index, part_number))?;
