@@ -1,0 +1,124 @@
+//! The end of a backup: the file table, then the manifest; from then on it is a backup.
+
+use std::collections::HashMap;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use jiff::Timestamp;
+
+use super::Report;
+use super::audit::Audit;
+use super::plan::Source;
+use super::run::{Found, Run, whole_second};
+use super::salvage::Salvage;
+use crate::error::Result;
+use crate::repo::{
+    BackupSummary, ByteString, FORMAT_VERSION, FileKind, Manifest, PackName, PagePlace, TableWriter,
+    TablespaceLocation, with_lengths,
+};
+use crate::source::Tablespace;
+
+impl Run<'_, '_> {
+    /// Writes the file table and the manifest.
+    pub(super) fn commit(self, mut found: Found, begun: Instant) -> Result<Report> {
+        let mut manifest = self.manifest(&found)?;
+        let known: &[PagePlace] = self.plan.parent.as_ref().map_or(&[], |parent| &parent.pages);
+        let mut table = TableWriter::new(&self.map, known);
+        for entry in found.entries.drain(..) {
+            table.push(entry)?;
+        }
+        let (pages, needed) = table.finish()?;
+        self.map.close()?;
+        let mut own = self.data.finish()?;
+        own.extend(self.map.finish()?);
+        manifest.pages = pages;
+        let inherited = self.plan.parent.iter().flat_map(|parent| &parent.packs);
+        let salvaged = self.salvage.iter().flat_map(Salvage::packs);
+        let salvage_read = self.salvage.as_ref().map_or(0, Salvage::bytes_read);
+        let taken_over = salvaged.clone().filter(|pack| needed.contains(&pack.name)).map(|pack| pack.len);
+        let taken_over: u64 = taken_over.sum();
+        let lengths: HashMap<PackName, u64> =
+            inherited.chain(&own).chain(salvaged).map(|pack| (pack.name, pack.len)).collect();
+        manifest.packs = with_lengths(&self.plan.options.cluster, &needed, |pack| lengths.get(pack).copied())?;
+        manifest.sequence = self.plan.repo.catalog(&manifest.cluster)?.next_sequence();
+        manifest.stop_time = whole_second(Timestamp::now());
+        manifest.duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let written: u64 = own.iter().map(|pack| pack.len).sum();
+        manifest.own_bytes = written + taken_over;
+        let manifest_len = self.plan.repo.commit(&manifest, &self.lease)?;
+        Ok(Report {
+            audit: self.audit.map(Audit::finish),
+            backup: BackupSummary::new(&manifest, manifest_len),
+            seconds: begun.elapsed().as_secs_f64(),
+            bytes_read: self.totals.bytes_read.load(Ordering::Relaxed) + salvage_read,
+            bytes_written: written + manifest_len,
+            repository_damage: self.plan.repository_damage,
+        })
+    }
+
+    /// The manifest, but for what is known only when all else is stored.
+    fn manifest(&self, found: &Found) -> Result<Manifest> {
+        let Found { listing, bounds, control, .. } = found;
+        let bytes = |wanted: fn(FileKind) -> bool| -> u64 {
+            found.entries.iter().filter(|entry| wanted(entry.kind)).map(|entry| entry.len).sum()
+        };
+        let postgres_version = match &self.plan.source {
+            Source::Live { session, .. } => session.server().version.clone(),
+            Source::Offline { data_dir } => data_dir.major_version().to_string(),
+        };
+        Ok(Manifest {
+            format: FORMAT_VERSION,
+            repository: self.plan.repo.id().to_owned(),
+            cluster: self.plan.options.cluster.clone(),
+            id: self.id,
+            sequence: 0,
+            synthesis: 0,
+            edition: 0,
+            backup_type: self.plan.backup_type,
+            parent: self.plan.parent.as_ref().map(|parent| parent.id),
+            merged_from: None,
+            system_identifier: control.system_identifier.to_string(),
+            postgres_version,
+            postgres_major: control.major_version().as_u32(),
+            catalog_version: control.catalog_version.as_u32(),
+            block_size: control.block_size.as_u32(),
+            wal_segment_size: control.wal_segment_size.as_u32(),
+            data_checksum_version: control.data_checksum_version,
+            start_lsn: bounds.start,
+            stop_lsn: bounds.stop,
+            start_timeline: bounds.start_timeline,
+            timeline: bounds.timeline,
+            wal: found.wal.clone(),
+            start_time: self.start_time,
+            stop_time: self.start_time,
+            duration_ms: 0,
+            from_standby: bounds.from_standby,
+            offline: bounds.backup_label.is_none(),
+            backup_label: bounds.backup_label.clone().map(ByteString),
+            tablespace_map: bounds.tablespace_map.clone().map(ByteString),
+            tablespaces: listing.tablespaces.iter().map(tablespace_location).collect(),
+            data_directory_mode: listing.mode,
+            data_directory_owner: (listing.uid, listing.gid),
+            config_outside: found.settings.is_some(),
+            settings: found.settings.clone().unwrap_or_default(),
+            cluster_bytes: bytes(|kind| kind != FileKind::Wal),
+            wal_bytes: bytes(|kind| kind == FileKind::Wal),
+            file_count: found.entries.iter().filter(|entry| entry.kind == FileKind::File).count() as u64,
+            blocks_changed: self.totals.blocks_changed.load(Ordering::Relaxed),
+            own_bytes: 0,
+            detector: self.plan.detection.detector.to_string(),
+            detector_reason: self.plan.detection.reason.clone(),
+            corrupt_pages: found.corrupt_pages.clone(),
+            note: self.plan.options.note.clone().filter(|note| !note.is_empty()),
+            packs: Vec::new(),
+            pages: Vec::new(),
+        })
+    }
+}
+
+fn tablespace_location(found: &Tablespace) -> TablespaceLocation {
+    let bytes = |link: &PathBuf| ByteString(link.as_os_str().as_bytes().to_vec());
+    TablespaceLocation { oid: found.oid.as_u32(), location: found.link.as_ref().map(bytes) }
+}
