@@ -425,6 +425,7 @@ fn empty_manifest(repo: &Repository, id: BackupId) -> Manifest {
         own_bytes: 0,
         detector: "scan".to_owned(),
         detector_reason: "it is simulated".to_owned(),
+        history_mark: None,
         corrupt_pages: Vec::new(),
         note: None,
         packs: Vec::new(),

@@ -32,6 +32,7 @@ mod plan;
 mod rate;
 mod run;
 mod salvage;
+mod summaries;
 mod wal;
 
 use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};

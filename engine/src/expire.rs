@@ -123,7 +123,7 @@ pub fn plan(repo: &Repository, options: &Options) -> Result<Report> {
     let vacated = usage.mostly_dead(options.max_unused);
     let live_in_vacated: u64 = vacated.iter().map(|pack| usage.live(pack)).sum();
     let len_of_vacated: u64 = vacated.iter().map(|pack| usage.len(pack)).sum();
-    let garbage: u64 = survey.garbage.iter().map(|(_, len)| len).sum();
+    let garbage: u64 = survey.garbage.iter().chain(&survey.maps).map(|(_, len)| len).sum();
     Ok(Report {
         dry_run: true,
         bytes_freed: decision.manifest_bytes + garbage + len_of_vacated.saturating_sub(live_in_vacated),
@@ -210,6 +210,8 @@ struct Survey {
     referenced: BTreeMap<PackName, u64>,
     /// Packs that nobody refers to and nobody writes.
     garbage: Vec<(ObjectName, u64)>,
+    /// Maps of changes up to backups that are not there and that nobody makes.
+    maps: Vec<(ObjectName, u64)>,
 }
 
 impl Survey {
@@ -238,10 +240,13 @@ impl Survey {
         };
         let mut garbage: Vec<_> = present.into_iter().filter(|(object, _)| is_garbage(object)).collect();
         garbage.sort_unstable();
+        let kept_maps = repo.kept_changes(cluster)?.into_iter();
+        let is_of_nobody = |id: &BackupId| !backups.contains(id) && !writers.contains(id);
+        let maps = kept_maps.filter(|map| is_of_nobody(&map.backup)).map(|map| (map.object, map.len)).collect();
         let decided = |id: &BackupId| decision.kept.iter().any(|kept| kept.id == *id);
         let is_fixed = |id: &BackupId| scene.user(*id).is_some() || decision.unsound.contains(id) || !decided(id);
         let fixed = backups.iter().copied().filter(is_fixed).collect();
-        Ok(Self { backups, fixed, referenced, garbage })
+        Ok(Self { backups, fixed, referenced, garbage, maps })
     }
 }
 
@@ -358,6 +363,9 @@ impl Collector<'_> {
         for (object, len) in &survey.garbage {
             let gone = self.delete(object, *len);
             self.report.packs_removed += u64::from(gone);
+        }
+        for (object, len) in &survey.maps {
+            self.delete(object, *len);
         }
         Ok(())
     }

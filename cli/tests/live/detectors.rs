@@ -18,6 +18,9 @@ for_majors!(a_cluster_that_went_back_in_time_is_scanned: back_on_15 = 15, back_o
 for_majors!(a_promoted_standby_goes_on_from_the_backups_of_its_primary: promoted_on_15 = 15, promoted_on_18 = 18);
 for_majors!(an_archive_of_another_past_is_not_followed: archive_on_15 = 15, archive_on_18 = 18);
 for_majors!(corrupt_pages_of_the_parent_are_read_again: corrupt_on_15 = 15, corrupt_on_18 = 18);
+for_majors!(summaries_serve_a_night_whose_wal_is_gone: summaries_on_17 = 17, summaries_on_18 = 18);
+for_majors!(summaries_of_a_future_that_was_given_up_are_not_trusted: given_up_on_18 = 18);
+for_majors!(kept_maps_lead_from_an_older_parent_to_the_last_backup: kept_on_13 = 13, kept_on_16 = 16, kept_on_18 = 18);
 for_majors!(checksums_switched_on_mean_a_scan: checksums_on_18 = 18);
 
 fn major(lab: &Lab) -> u32 {
@@ -193,8 +196,9 @@ fn wal_that_is_gone_is_found_in_an_archive_or_means_a_scan(lab: &Lab) {
     source
         .wait_for("the archiver", |source| source.query_value("postgres", &archived).is_ok_and(|is| is == "t"))
         .unwrap();
-    let refused = lab.pgstrata(lab.backup_args(&source).into_iter().chain(["--detect".into(), "wal".into()]));
-    refused.refuses(1, &["is gone", "--wal-archive"]);
+    let asked = lab.pgstrata(lab.backup_args(&source).into_iter().chain(["--detect".into(), "wal".into()]));
+    assert!(asked.stderr.contains("is gone") && asked.stderr.contains("--wal-archive"), "{}", asked.stderr);
+    assert_eq!(text(&asked.json(0), "detector"), "scan");
     let scanned = lab.backup(&source, &["--parent", &full]);
     assert_eq!(text(&scanned, "detector"), "scan");
     assert!(text(&scanned, "detector_reason").contains("is gone"), "{scanned}");
@@ -205,6 +209,129 @@ fn wal_that_is_gone_is_found_in_an_archive_or_means_a_scan(lab: &Lab) {
     judge(lab.restore(text(&report, "id"), "restored", &[]), &expected, &[]);
     let missing = lab.pgstrata(lab.backup_args(&source).into_iter().chain(["--wal-archive".into(), "/nowhere".into()]));
     missing.refuses(1, &["/nowhere"]);
+}
+
+/// A server that keeps no more WAL than it must.
+fn forgetful(lab: &Lab) -> ClusterOptions {
+    let options = ClusterOptions { wal_segment_mb: Some(1), ..ClusterOptions::default() };
+    let options = options.conf("autovacuum = off").conf("max_wal_size = 4MB").conf("min_wal_size = 2MB");
+    if major(lab) >= 17 { options.conf("summarize_wal = on") } else { options }
+}
+
+/// A backup of which nothing was missed, and that restores to what the cluster is.
+fn night(lab: &Lab, source: &Cluster, more: &[&str]) -> Value {
+    let audited = lab.backup(source, &[more, &["--audit"]].concat());
+    let audit = &audited["audit"];
+    assert_eq!(audit.get("missed_count").map_or(0, |_| number(audit, "missed_count")), 0, "{audit}");
+    let expected = dump(source, &[]);
+    let report = lab.backup(source, more);
+    let id = text(&report, "id");
+    judge(lab.restore(id, &format!("restored-{id}"), &[]), &expected, &[]);
+    report
+}
+
+fn reason_has(report: &Value, detector: &str, words: &str) {
+    assert_eq!(text(report, "detector"), detector, "{report}");
+    assert!(text(report, "detector_reason").contains(words), "{report}");
+}
+
+fn merge(lab: &Lab, backup: &str) -> String {
+    let merged = lab.pgstrata(["merge", "--json", backup, "--repo", lab.repo().to_str().unwrap()]).json(0);
+    text(&merged, "id").to_owned()
+}
+
+fn touch(path: &Path) {
+    testdata::cluster::succeed(std::process::Command::new("touch").arg(path)).unwrap();
+}
+
+fn summaries_serve_a_night_whose_wal_is_gone(lab: &Lab) {
+    let mut source = lab.cluster(&forgetful(lab));
+    furnish(&source);
+    lab.backup(&source, &[]);
+    for _ in 0..2 {
+        recycle(&source);
+        reason_has(&night(lab, &source, &[]), "summary", "WAL summaries cover");
+    }
+    merge(lab, "latest");
+    recycle(&source);
+    reason_has(&night(lab, &source, &["--detect", "summary"]), "summary", "WAL summaries cover");
+    source.restart(StopMode::Immediate).unwrap();
+    recycle(&source);
+    // Nothing tells the summaries of before from those of another past.
+    let asked = lab.pgstrata(lab.backup_args(&source).into_iter().chain(["--detect".into(), "summary".into()]));
+    assert!(asked.stderr.contains("everything is read"), "{}", asked.stderr);
+    reason_has(&asked.json(0), "scan", "is gone");
+    recycle(&source);
+    reason_has(&night(lab, &source, &[]), "summary", "WAL summaries cover");
+    recycle(&source);
+    for summary in fs::read_dir(source.data_dir().join("pg_wal/summaries")).unwrap() {
+        touch(&summary.unwrap().path());
+    }
+    reason_has(&lab.backup(&source, &[]), "scan", "another past");
+}
+
+/// The log is put back with the cluster, the summaries are not: the server takes those of the future that was given up for its own.
+fn summaries_of_a_future_that_was_given_up_are_not_trusted(lab: &Lab) {
+    let mut source = lab.cluster(&forgetful(lab));
+    furnish(&source);
+    source.stop(StopMode::Fast).unwrap();
+    let old = lab.path("old");
+    copy(source.data_dir(), &old);
+    source.start().unwrap();
+    source.sql("postgres", "UPDATE t SET content = 'a past that never was' WHERE id % 7 = 0").unwrap();
+    lab.backup(&source, &[]);
+    recycle(&source);
+    lab.backup(&source, &[]);
+    source.stop(StopMode::Fast).unwrap();
+    let summaries = lab.path("summaries");
+    copy(&source.data_dir().join("pg_wal/summaries"), &summaries);
+    fs::remove_dir_all(source.data_dir()).unwrap();
+    copy(&old, source.data_dir());
+    fs::remove_dir_all(source.data_dir().join("pg_wal/summaries")).unwrap();
+    copy(&summaries, &source.data_dir().join("pg_wal/summaries"));
+    source.start().unwrap();
+    source.sql("postgres", "UPDATE t SET content = 'the other one' WHERE id % 5 = 0").unwrap();
+    for _ in 0..3 {
+        recycle(&source);
+    }
+    let report = night(lab, &source, &["--parent", "oldest"]);
+    assert_eq!(text(&report, "detector"), "scan", "{report}");
+    recycle(&source);
+    reason_has(&night(lab, &source, &[]), "summary", "WAL summaries cover");
+}
+
+fn kept_maps_lead_from_an_older_parent_to_the_last_backup(lab: &Lab) {
+    let source = lab.cluster(&forgetful(lab).conf("max_wal_size = 64MB"));
+    furnish(&source);
+    let full = text(&lab.backup(&source, &[]), "id").to_owned();
+    let change = |text: &str| {
+        let update = format!("UPDATE t SET content = '{text}' WHERE id % 400 = {}", text.len());
+        source.sql_each("postgres", &[&update, "DELETE FROM t WHERE id > 19000", "VACUUM t"]).unwrap();
+    };
+    let mut ids = Vec::new();
+    for content in ["a", "bb", "ccc"] {
+        change(content);
+        let report = lab.backup(&source, &["--detect", "wal"]);
+        reason_has(&report, "wal", "WAL covers");
+        ids.push(text(&report, "id").to_owned());
+    }
+    let merged = merge(lab, &ids[2]);
+    change("dddd");
+    reason_has(&lab.backup(&source, &["--parent", &merged, "--detect", "wal"]), "wal", "WAL covers");
+    change("eeeee");
+    let from_the_full = ["--parent", &full, "--detect", "wal"];
+    reason_has(&night(lab, &source, &from_the_full), "wal", "kept maps lead to");
+    let maps = lab.repo().join("clusters/main/changes");
+    for map in fs::read_dir(&maps).unwrap() {
+        let path = map.unwrap().path();
+        if path.to_str().unwrap().ends_with(&full) {
+            write_over(&path, b"damaged");
+        }
+    }
+    reason_has(&lab.backup(&source, &from_the_full), "scan", "does not match its checksum");
+    lab.pgstrata(["expire", "--json", "--keep-last", "1", "--repo", lab.repo().to_str().unwrap()]).json(0);
+    let left = fs::read_dir(&maps).unwrap().count();
+    assert!(left <= 1, "{left} maps of one backup");
 }
 
 /// A cluster that is put back to an old copy of its files writes other WAL at the same positions.

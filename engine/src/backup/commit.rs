@@ -10,6 +10,7 @@ use jiff::Timestamp;
 
 use super::Report;
 use super::audit::Audit;
+use super::changes::keep;
 use super::plan::Source;
 use super::run::{Found, Run, whole_second};
 use super::salvage::Salvage;
@@ -46,14 +47,18 @@ impl Run<'_, '_> {
         manifest.stop_time = whole_second(Timestamp::now());
         manifest.duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         let written: u64 = own.iter().map(|pack| pack.len).sum();
-        manifest.own_bytes = written + taken_over;
+        let kept = match (&self.plan.parent, &self.changes) {
+            (Some(parent), Some(map)) => keep(self.plan.repo, parent, self.id, map)?,
+            _ => 0,
+        };
+        manifest.own_bytes = written + taken_over + kept;
         let manifest_len = self.plan.repo.commit(&manifest, &self.lease)?;
         Ok(Report {
             audit: self.audit.map(Audit::finish),
             backup: BackupSummary::new(&manifest, manifest_len),
             seconds: begun.elapsed().as_secs_f64(),
             bytes_read: self.totals.bytes_read.load(Ordering::Relaxed) + salvage_read,
-            bytes_written: written + manifest_len,
+            bytes_written: written + kept + manifest_len,
             repository_damage: self.plan.repository_damage,
         })
     }
@@ -110,6 +115,7 @@ impl Run<'_, '_> {
             own_bytes: 0,
             detector: self.plan.detection.detector.to_string(),
             detector_reason: self.plan.detection.reason.clone(),
+            history_mark: found.history_mark.clone(),
             corrupt_pages: found.corrupt_pages.clone(),
             note: self.plan.options.note.clone().filter(|note| !note.is_empty()),
             packs: Vec::new(),

@@ -12,6 +12,7 @@ use super::judge::{Judge, Suspect};
 use super::plan::{Plan, Source, must_be_as_it_was, plan};
 use super::rate::RateLimit;
 use super::salvage::Salvage;
+use super::summaries::ServerSummaries;
 use super::wal::{self, WalRange};
 use super::{Options, Report};
 use crate::detect::{ChangeMap, Detection, Detector};
@@ -19,8 +20,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{BackupLabel, ClusterState, ControlFile, Lsn, RelationFile, TimelineId};
 use crate::progress::{Phase, Progress};
 use crate::repo::{
-    BackupId, BackupSummary, ByteString, CorruptPage, FileEntry, FileKind, Lease, LeaseRequest, MAX_CORRUPT_PAGES,
-    Manifest, Operation, PackKind, Packer, Repository, Setting, Stack, TableCursor, WalSpan,
+    BackupId, BackupSummary, ByteString, CorruptPage, FileEntry, FileKind, HistoryMark, Lease, LeaseRequest,
+    MAX_CORRUPT_PAGES, Manifest, Operation, PackKind, Packer, Repository, Setting, Stack, TableCursor, WalSpan,
 };
 use crate::source::{Entry, EntryKind, FileSetting, Listing, Session};
 
@@ -53,6 +54,7 @@ pub(super) struct Found {
     pub(super) bounds: Bounds,
     pub(super) wal: Vec<WalSpan>,
     pub(super) control: ControlFile,
+    pub(super) history_mark: Option<HistoryMark>,
     pub(super) corrupt_pages: Vec<CorruptPage>,
     pub(super) settings: Option<Vec<Setting>>,
 }
@@ -158,7 +160,8 @@ impl<'r, 'p> Run<'r, 'p> {
             }
         }
         entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-        let found = Found { entries, listing, bounds, wal, control, corrupt_pages, settings };
+        let history_mark = self.history_mark(&bounds)?;
+        let found = Found { entries, listing, bounds, wal, control, history_mark, corrupt_pages, settings };
         self.commit(found, begun).map(|report| Attempt::Done(Box::new(report)))
     }
 
@@ -421,6 +424,16 @@ impl<'r, 'p> Run<'r, 'p> {
             Source::Live { session, .. } => session.drop_slot(),
             Source::Offline { data_dir } => must_be_as_it_was(data_dir, &self.plan.control_bytes),
         }
+    }
+
+    /// What tells this cluster from others of its name, for the next backup.
+    fn history_mark(&self, bounds: &Bounds) -> Result<Option<HistoryMark>> {
+        let Source::Live { session, data_dir } = &self.plan.source else { return Ok(None) };
+        if self.plan.control.major_version().as_u32() < 17 {
+            return Ok(None);
+        }
+        let notice = |text: &str| self.progress.notice(text);
+        ServerSummaries::new(session, data_dir, &notice).mark(bounds.start_timeline, bounds.start)
     }
 
     fn describe(&self, suspects: Vec<Suspect>) -> Vec<CorruptPage> {

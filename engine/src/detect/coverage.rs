@@ -62,6 +62,23 @@ impl Coverage {
         missing.map_or(CoverageCheck::Covered, CoverageCheck::MissingFrom)
     }
 
+    /// From where on the `needed` ranges, the parts of a history, are covered to their end; their end if its last position is not.
+    pub fn covered_from(&self, needed: &[WalRange]) -> Lsn {
+        let mut newest_first: Vec<&WalRange> = needed.iter().collect();
+        newest_first.sort_unstable_by_key(|range| std::cmp::Reverse(range.start));
+        let mut from = newest_first.first().map_or(Lsn::INVALID, |last| last.end);
+        for range in newest_first {
+            let up_to = (range.timeline, Lsn::INVALID)..(range.timeline, range.end);
+            let reaches = self.ranges.range(up_to).next_back().filter(|(_, end)| **end >= range.end);
+            let Some(((_, start), _)) = reaches else { return from };
+            from = (*start).max(range.start);
+            if from > range.start {
+                return from;
+            }
+        }
+        from
+    }
+
     fn missing_from(&self, needed: &WalRange) -> Option<Lsn> {
         let from = (needed.timeline, Lsn::INVALID)..=(needed.timeline, needed.start);
         let end = self.ranges.range(from).next_back().map_or(needed.start, |(_, end)| *end);
@@ -109,6 +126,25 @@ mod tests {
         assert_eq!(check(35, 50), CoverageCheck::MissingFrom(Lsn::new(40)));
         assert_eq!(known.check(&[range(2, 12, 13)]), CoverageCheck::MissingFrom(Lsn::new(12)));
         assert_eq!(known.check(&[]), CoverageCheck::Covered);
+    }
+
+    #[test]
+    fn what_is_covered_to_the_end_begins_behind_the_last_hole() {
+        let history = TimelineHistory::parse(TimelineId::new(2), b"1\t0/64\n").unwrap();
+        let needed = history.wal_ranges(TimelineId::new(1), Lsn::new(50), Lsn::new(150)).unwrap();
+        for (ranges, expected) in [
+            (vec![], 150),
+            (vec![(2, 120, 149)], 150),
+            (vec![(2, 120, 150)], 120),
+            (vec![(2, 90, 160)], 100),
+            (vec![(1, 60, 99), (2, 100, 150)], 100),
+            (vec![(1, 60, 100), (2, 100, 150)], 60),
+            (vec![(1, 20, 110), (2, 100, 150)], 50),
+            (vec![(1, 20, 70), (1, 80, 130), (2, 100, 150)], 80),
+        ] {
+            assert_eq!(coverage(&ranges).covered_from(&needed), Lsn::new(expected), "{ranges:?}");
+        }
+        assert_eq!(Coverage::default().covered_from(&[]), Lsn::INVALID);
     }
 
     #[test]

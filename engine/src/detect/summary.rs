@@ -15,12 +15,13 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{ErrorKind::NotFound, Read};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use super::{ChangeMap, Coverage, CoverageCheck};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{
-    RelFileLocator, RelFileNumber, SummarizedFork, SystemIdentifier, WalRange, WalSummaryReader, WalSummaryStep,
-    parse_wal_summary_name, wal_summary_name,
+    Lsn, RelFileLocator, RelFileNumber, SummarizedFork, SystemIdentifier, TimelineId, WalRange, WalSummaryReader,
+    WalSummaryStep, parse_wal_summary_name, wal_summary_name,
 };
 
 /// Bytes read at once.
@@ -32,6 +33,8 @@ const WHOLE_DATABASE: RelFileNumber = RelFileNumber::new(0);
 #[derive(Clone, Debug)]
 pub struct Summaries {
     directory: PathBuf,
+    /// Those that were written before are left out.
+    since: Option<SystemTime>,
     /// By what they are of.
     listed: Vec<WalRange>,
 }
@@ -42,20 +45,41 @@ impl Summaries {
     /// # Errors
     /// When it cannot be listed.
     pub fn list(directory: &Path) -> Result<Summaries> {
+        Self::list_some(directory, None)
+    }
+
+    /// Lists those that were written at or after `since`.
+    ///
+    /// # Errors
+    /// When the directory cannot be listed.
+    pub fn list_since(directory: &Path, since: SystemTime) -> Result<Summaries> {
+        Self::list_some(directory, Some(since))
+    }
+
+    fn list_some(directory: &Path, since: Option<SystemTime>) -> Result<Summaries> {
         let mut listed = Vec::new();
         let fail = |e| Error::io("list", directory, e);
         match fs::read_dir(directory) {
             Ok(entries) => {
                 for entry in entries {
-                    let name = entry.map_err(fail)?.file_name();
-                    listed.extend(parse_wal_summary_name(name.as_encoded_bytes()));
+                    let entry = entry.map_err(fail)?;
+                    let range = parse_wal_summary_name(entry.file_name().as_encoded_bytes());
+                    // One that is gone meanwhile is none.
+                    let written = || entry.metadata().and_then(|found| found.modified()).ok();
+                    let is_wanted = since.is_none_or(|since| written().is_some_and(|written| written >= since));
+                    listed.extend(range.filter(|_| is_wanted));
                 }
             }
             Err(error) if error.kind() == NotFound => {}
             Err(error) => return Err(fail(error)),
         }
         listed.sort_by_key(|range| (range.timeline, range.start, range.end));
-        Ok(Summaries { directory: directory.to_owned(), listed })
+        Ok(Summaries { directory: directory.to_owned(), since, listed })
+    }
+
+    /// The one that ends at a position, and covers the most.
+    pub fn ending_at(&self, timeline: TimelineId, end: Lsn) -> Option<WalRange> {
+        self.listed.iter().find(|range| range.timeline == timeline && range.end == end).copied()
     }
 
     /// The parts of the log that they cover.
@@ -91,7 +115,7 @@ impl Summaries {
                 return Err(Error::new(ErrorKind::Missing, what).at(self.directory.display().to_string()));
             }
             has_listed_again = true;
-            *self = Summaries::list(&self.directory)?;
+            *self = Summaries::list_some(&self.directory, self.since)?;
         }
     }
 

@@ -142,6 +142,23 @@ pub struct WalSpan {
     pub end: Lsn,
 }
 
+/// What a cluster has that took the backup, and none that branched off before its start: a running server, and a file that it wrote then.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HistoryMark {
+    /// When the server was started, to the microsecond.
+    pub postmaster_start_time: Timestamp,
+    /// The WAL summary that ends where the backup starts.
+    pub summary: String,
+    /// Its inode.
+    pub inode: u64,
+    /// Its length.
+    pub len: u64,
+    /// When it was written.
+    pub modified: Timestamp,
+    /// When its inode was written.
+    pub changed: Timestamp,
+}
+
 /// Everything about one backup but its file table and its data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -223,12 +240,15 @@ pub struct Manifest {
     pub file_count: u64,
     /// Blocks of relation files that differ from the parent's, or all of them.
     pub blocks_changed: u64,
-    /// Bytes of the packs that the run wrote, whatever became of them.
+    /// Bytes of the packs that the run wrote, and of the map of changes that it kept, whatever became of them.
     pub own_bytes: u64,
     /// Which detector told what may have changed.
     pub detector: String,
     /// Why that one.
     pub detector_reason: String,
+    /// What tells the cluster from others of its name; `None` where the server writes no WAL summaries.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub history_mark: Option<HistoryMark>,
     /// Damaged pages, stored as they are.
     pub corrupt_pages: Vec<CorruptPage>,
     /// The user's own words.
@@ -377,9 +397,11 @@ impl Manifest {
     }
 
     fn long_text(&self) -> Option<String> {
-        let words = [&self.postgres_version, &self.detector, &self.repository];
+        let summary = self.history_mark.iter().map(|mark| &mark.summary);
+        let words = [&self.postgres_version, &self.detector, &self.repository].into_iter().chain(summary);
         let texts = [Some(&self.detector_reason), self.note.as_ref()];
-        let word = words.iter().map(|word| word.len()).find(|len| *len > MAX_WORD_LEN);
+        let mut words = words.map(|word| word.len());
+        let word = words.find(|len| *len > MAX_WORD_LEN);
         let text = texts.iter().flatten().map(|text| text.len()).find(|len| *len > MAX_TEXT_LEN);
         word.or(text).map(|len| format!("a text of {len} bytes"))
     }
@@ -479,12 +501,12 @@ mod page_list {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
-    pub(in crate::repo) fn sample(repository: &str, id: BackupId, sequence: u64) -> Manifest {
+    pub(crate) fn sample(repository: &str, id: BackupId, sequence: u64) -> Manifest {
         let pack = PackName { run: id, seq: 0, kind: PackKind::Map };
         Manifest {
             format: FORMAT_VERSION,
@@ -528,6 +550,7 @@ pub(super) mod tests {
             own_bytes: 99,
             detector: "scan".to_owned(),
             detector_reason: "there is no parent".to_owned(),
+            history_mark: None,
             corrupt_pages: Vec::new(),
             note: None,
             packs: vec![PackInfo { name: pack, len: 99 }],

@@ -1,6 +1,7 @@
 #![doc = include_str!("format.md")]
 
 mod catalog;
+mod contents;
 pub(crate) mod fuzz;
 mod layer;
 mod lease;
@@ -24,13 +25,16 @@ use zstd::bulk::Compressor;
 use zstd::zstd_safe::{DCtx, DParameter, ResetDirective};
 
 pub use catalog::{BackupSummary, Catalog};
+pub(crate) use contents::FileContents;
 pub(crate) use layer::union;
 pub use layer::{ChunkRef, DataPack, Extent, Layer, LayerBuilder, Locations, PART_BLOCKS};
 use layer::{decode_fingerprints, fingerprints_len};
 pub use lease::{Lease, LeaseRequest, Operation, give_up_leases};
 pub(crate) use lease::{LeaseRecord, leases, remove_lease};
 pub(crate) use manifest::MAX_CORRUPT_PAGES;
-pub use manifest::{BackupType, ByteString, CorruptPage, Manifest, Setting, TablespaceLocation, WalSpan};
+#[cfg(test)]
+pub(crate) use manifest::tests::sample as sample_manifest;
+pub use manifest::{BackupType, ByteString, CorruptPage, HistoryMark, Manifest, Setting, TablespaceLocation, WalSpan};
 pub use names::{BackupId, ClusterName, PackKind, PackName};
 pub use pack::{Finished, PackInfo, Packer, Place};
 pub(crate) use pack::{Group, PackTable, check_pack, read_record, with_lengths};
@@ -296,6 +300,9 @@ impl Repository {
         if !self.store.list(manifest.as_str())?.is_empty() {
             return Ok(());
         }
+        for kept in self.kept_changes(cluster)?.iter().filter(|kept| kept.backup == run) {
+            self.store.delete(&kept.object)?;
+        }
         let packs = self.store.list(&names::packs_of(cluster, run))?;
         let unused = packs.iter().filter(|pack| !in_use.contains(&pack.name));
         unused.map(|pack| &pack.name).try_for_each(|pack| self.store.delete(pack))
@@ -439,7 +446,7 @@ impl Repository {
     /// # Errors
     /// What the store says.
     pub(crate) fn sweep(&self, cluster: &ClusterName) -> Result<u64> {
-        let prefixes = [names::manifests, names::packs, names::leases, names::pins, names::marks];
+        let prefixes = [names::manifests, names::packs, names::leases, names::pins, names::marks, names::changes];
         prefixes.iter().map(|prefix| self.store.sweep(&prefix(cluster))).sum()
     }
 
@@ -452,13 +459,45 @@ impl Repository {
         Ok(objects.into_iter().map(|object| (object.name, object.len)).collect())
     }
 
-    /// Bytes of a cluster's packs and manifests that are in the store, whatever needs them.
+    /// The kept maps of changes of a cluster; what else lies among them is none.
+    ///
+    /// # Errors
+    /// When the store cannot list.
+    pub(crate) fn kept_changes(&self, cluster: &ClusterName) -> Result<Vec<KeptChanges>> {
+        let prefix = names::changes(cluster);
+        let objects = self.store.list(&prefix)?.into_iter();
+        let kept = objects.filter_map(|found| {
+            let (backup, parent) = found.name.as_str()[prefix.len()..].split_once('.')?;
+            let (backup, parent) = (backup.parse().ok()?, parent.parse().ok()?);
+            Some(KeptChanges { object: found.name, len: found.len, backup, parent })
+        });
+        Ok(kept.collect())
+    }
+
+    /// Keeps what changed from the start of `parent` to that of `backup`: the bytes that `encode` makes for the object's name. Says how many.
+    ///
+    /// # Errors
+    /// What the store says, and `encode`.
+    pub(crate) fn keep_changes(
+        &self,
+        cluster: &ClusterName,
+        backup: BackupId,
+        parent: BackupId,
+        encode: impl FnOnce(&str) -> Result<Vec<u8>>,
+    ) -> Result<u64> {
+        let object = names::changes_between(cluster, backup, parent)?;
+        let bytes = encode(object.as_str())?;
+        self.store.put_new(&object, &mut bytes.as_slice())?;
+        Ok(bytes.len() as u64)
+    }
+
+    /// Bytes of a cluster's packs, manifests and kept maps of changes that are in the store, whatever needs them.
     ///
     /// # Errors
     /// When the store cannot list.
     pub fn stored_bytes(&self, cluster: &ClusterName) -> Result<u64> {
         let len = |prefix: String| Ok(self.store.list(&prefix)?.iter().map(|object| object.len).sum::<u64>());
-        Ok(len(names::packs(cluster))? + len(names::manifests(cluster))?)
+        Ok(len(names::packs(cluster))? + len(names::manifests(cluster))? + len(names::changes(cluster))?)
     }
 
     /// The first pack of a backup that is not there, or not of the right length, and what is wrong with it.
@@ -527,6 +566,19 @@ impl Repository {
         }
         Ok(Layer { locations, fingerprints })
     }
+}
+
+/// A map of changes that is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct KeptChanges {
+    /// Where.
+    pub object: ObjectName,
+    /// Its length.
+    pub len: u64,
+    /// Whose detector made it.
+    pub backup: BackupId,
+    /// Since when: the parent's start.
+    pub parent: BackupId,
 }
 
 /// A repository in a data directory would be backed up with it and lost with it; one in another repository is lost in it.

@@ -249,6 +249,16 @@ pub(crate) fn mark(cluster: &ClusterName, id: BackupId) -> Result<ObjectName> {
     ObjectName::new(format!("{}{id}", marks(cluster)))
 }
 
+/// The prefix of a cluster's kept maps of changes.
+pub(crate) fn changes(cluster: &ClusterName) -> String {
+    format!("clusters/{cluster}/changes/")
+}
+
+/// What changed from the start of `parent` to the start of `backup`.
+pub(crate) fn changes_between(cluster: &ClusterName, backup: BackupId, parent: BackupId) -> Result<ObjectName> {
+    ObjectName::new(format!("{}{backup}.{parent}", changes(cluster)))
+}
+
 /// The prefix of a run's packs.
 pub(crate) fn packs_of(cluster: &ClusterName, run: BackupId) -> String {
     format!("{}{run}/", packs(cluster))

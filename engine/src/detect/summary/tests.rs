@@ -56,6 +56,27 @@ fn summaries_of_the_range_are_united_and_others_are_not_opened() {
 }
 
 #[test]
+fn summaries_of_before_a_moment_are_left_out() {
+    let directory = directory(&[
+        (range(1, 100, 200), summary(16384, 0, u32::MAX, 3)),
+        (range(1, 150, 300), summary(16384, 0, u32::MAX, 4)),
+        (range(1, 200, 300), summary(16384, 0, u32::MAX, 5)),
+    ]);
+    let moment = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000);
+    let old = File::options().write(true).open(directory.path().join(wal_summary_name(range(1, 100, 200)))).unwrap();
+    old.set_modified(moment - std::time::Duration::from_micros(1)).unwrap();
+    let all = Summaries::list(directory.path()).unwrap();
+    let mut since = Summaries::list_since(directory.path(), moment).unwrap();
+    assert_eq!(all.check(&[range(1, 100, 300)]), CoverageCheck::Covered);
+    assert_eq!(since.check(&[range(1, 100, 300)]), CoverageCheck::MissingFrom(Lsn::new(100)));
+    assert_eq!(since.ending_at(TimelineId::new(1), Lsn::new(300)), Some(range(1, 150, 300)));
+    assert_eq!(since.ending_at(TimelineId::new(2), Lsn::new(300)), None);
+    let map = since.changes(CLUSTER, &[range(1, 150, 300)]).unwrap();
+    assert_eq!([3, 4, 5].map(|block| is_read(&map, 16384, block)), [false, true, true]);
+    assert_eq!(since.changes(CLUSTER, &[range(1, 120, 300)]).unwrap_err().kind(), crate::error::ErrorKind::Missing);
+}
+
+#[test]
 fn truncation_on_the_old_timeline_and_growth_on_the_new_one_are_both_kept() {
     let directory = directory(&[
         (range(1, 100, 150), summary(16384, 0, 10, 3)),
