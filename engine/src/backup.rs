@@ -19,6 +19,7 @@
 //! promoted (`pg_backup_stop`), pages are damaged (`backup/judge.rs`), the parent's packs are not all there (the plan; then a full
 //! backup is made, and said so), the parent's metadata is damaged (the copy; the backup fails).
 
+mod advice;
 mod audit;
 mod changes;
 mod copy;
@@ -41,9 +42,10 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use serde::Serialize;
 
+pub(crate) use self::advice::SWITCH_ON_SUMMARIES;
 use self::audit::Audit;
 pub use self::audit::{AuditReport, Cause, MissedBlock};
-use self::changes::Question;
+pub(crate) use self::changes::{Forecast, Question};
 use self::copy::{Changes, Content, Copier, Item, Totals};
 use self::judge::{Judge, Suspect};
 use self::rate::RateLimit;
@@ -262,7 +264,8 @@ fn is_damaged_parent(options: &Options, error: &Error) -> bool {
     options.parent == ParentChoice::Automatic && error.kind() == ErrorKind::Corrupt && in_repository
 }
 
-/// Checks that a backup into the repository at `repo` is possible, which need not be there yet; changes nothing.
+/// Checks that a backup into the repository at `repo` is possible, which need not be there yet; changes nothing. [`crate::check`] asks the same
+/// questions, and more, and goes on after the first that is answered badly.
 ///
 /// # Errors
 /// What makes it impossible.
@@ -276,7 +279,7 @@ pub fn check(options: &Options, repo: &Path) -> Result<()> {
     }
 }
 
-fn must_lie_elsewhere(data_dir: &DataDir, repo: &Path) -> Result<()> {
+pub(crate) fn must_lie_elsewhere(data_dir: &DataDir, repo: &Path) -> Result<()> {
     if data_dir.contains(repo)? {
         let what = format!("the repository {} lies in the data directory that it would back up", repo.display());
         return Err(Error::invalid(what).hint("put the repository on another disk"));
@@ -292,26 +295,31 @@ fn open_source(options: &Options) -> Result<Source> {
         return Ok(Source::Offline { data_dir: DataDir::open(path)? });
     }
     let given = options.data_dir.as_deref().map(DataDir::open).transpose()?;
-    let path = given.as_ref().map(DataDir::path);
-    let session = Session::connect(options.conninfo.as_deref(), path, &Environment::from_process());
-    let session = session.map_err(|error| match &given {
-        Some(data_dir) if !has_a_server(data_dir) => error.hint(format!(
-            "no server runs on {}: start it, or back it up as it is with --offline",
-            data_dir.path().display(),
-        )),
-        _ => error,
-    })?;
+    let session = connect(options.conninfo.as_deref(), given.as_ref())?;
     let data_dir = match given {
         Some(data_dir) => data_dir,
         None => DataDir::open(&session.server().data_directory)?,
     };
     must_belong_together(&session, &data_dir)?;
     session.must_write_enough_wal()?;
+    session.must_be_allowed_to_back_up()?;
     Ok(Source::Live { session: Box::new(session), data_dir })
 }
 
+/// Connects to the server that `conninfo` names; if nothing does, to the one that runs on `given`.
+pub(crate) fn connect(conninfo: Option<&str>, given: Option<&DataDir>) -> Result<Session> {
+    let session = Session::connect(conninfo, given.map(DataDir::path), &Environment::from_process());
+    session.map_err(|error| match given {
+        Some(data_dir) if !has_a_server(data_dir) => error.hint(format!(
+            "no server runs on {}: start it, or back it up as it is with --offline",
+            data_dir.path().display(),
+        )),
+        _ => error,
+    })
+}
+
 /// A server that runs on another directory would tell us when to read one cluster and how to recover another.
-fn must_belong_together(session: &Session, data_dir: &DataDir) -> Result<()> {
+pub(crate) fn must_belong_together(session: &Session, data_dir: &DataDir) -> Result<()> {
     let server = session.server();
     let (_, control) = data_dir.read_control()?;
     let (ours, theirs) = (control.system_identifier, server.system_identifier);
@@ -367,7 +375,7 @@ fn must_be_as_it_was(data_dir: &DataDir, control_bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-fn must_be_the_same_cluster(catalog: &Catalog, control: &ControlFile) -> Result<()> {
+pub(crate) fn must_be_the_same_cluster(catalog: &Catalog, control: &ControlFile) -> Result<()> {
     let ours = control.system_identifier.to_string();
     let Some(other) = catalog.backups().iter().find(|backup| backup.system_identifier != ours) else { return Ok(()) };
     let name = &other.cluster;
@@ -868,11 +876,14 @@ impl<'r, 'p> Run<'r, 'p> {
         let written: u64 = own.iter().map(|pack| pack.len).sum();
         manifest.own_bytes = written + taken_over;
         let manifest_len = self.plan.repo.commit(&manifest, &self.lease)?;
+        let bytes_read = self.totals.bytes_read.load(Ordering::Relaxed) + salvage_read;
+        let advice = advice::on_summaries(&self.plan, self.audit.is_some(), bytes_read, manifest.blocks_changed);
+        advice.iter().for_each(|advice| self.progress.notice(advice));
         Ok(Report {
             audit: self.audit.map(Audit::finish),
             backup: BackupSummary::new(&manifest, manifest_len),
             seconds: begun.elapsed().as_secs_f64(),
-            bytes_read: self.totals.bytes_read.load(Ordering::Relaxed) + salvage_read,
+            bytes_read,
             bytes_written: written + manifest_len,
             repository_damage: self.plan.repository_damage,
         })

@@ -17,9 +17,12 @@
 //! What goes wrong, and is a reason to scan and not an error: WAL that was recycled, summaries that are late or removed, a damaged log or map, a stretch with
 //! `wal_level = minimal`. What the log does not know of at all, [`super::audit`] finds.
 
+mod forecast;
+
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+pub(crate) use self::forecast::Forecast;
 use super::{DetectorChoice, wal};
 use crate::chunk::Fingerprint;
 use crate::detect::{ChangeMap, CoverageCheck, Detection, Detector, Summaries, WalChanges, WalFiles};
@@ -48,7 +51,7 @@ pub(super) struct Found {
 }
 
 /// What is asked.
-pub(super) struct Question<'a> {
+pub(crate) struct Question<'a> {
     /// Where the parent is.
     pub repo: &'a Repository,
     /// The parent.
@@ -79,7 +82,7 @@ impl Question<'_> {
     ///
     /// # Errors
     /// `Unsupported` if a detector was named and cannot be used; `Invalid` for an archive that cannot be listed.
-    pub fn answer(&self, choice: DetectorChoice) -> Result<Found> {
+    pub(super) fn answer(&self, choice: DetectorChoice) -> Result<Found> {
         if let Some(archive) = self.wal_archive {
             // What the user names must be there; what is in it is proved, or not used.
             std::fs::read_dir(archive).map_err(|e| Error::io("list", archive, e).hint("look at --wal-archive"))?;

@@ -1,0 +1,88 @@
+//! What `auto` would find if a backup began now, as far as that can be said without beginning one.
+//!
+//! The same questions are asked in the same order, of the log as it is now; nothing is waited for, and no log is read but the little of it that proves the
+//! parent. What only reading the log shows stays open: a damaged record, a stretch with `wal_level = minimal`. A backup then scans, and says so.
+//!
+//! A backup begins with a checkpoint, and summaries end at checkpoints. So what they must reach by now is the last one, not the end of the log.
+
+use super::{Line, Question, Session, Why, scan, told};
+use crate::detect::{CoverageCheck, Detection, Detector};
+use crate::pg::{Lsn, WalSegmentName};
+
+/// What a backup would probably find.
+#[derive(Debug)]
+pub(crate) struct Forecast {
+    /// The detector that it would use, and why.
+    pub detection: Detection,
+    /// Bytes of log since the parent's start.
+    pub log_len: u64,
+    /// Whether the parent is an earlier state of this cluster, as far as its positions and its checksums tell: if not, nothing spares the scan.
+    pub is_of_this_past: bool,
+    /// Whether the WAL that the parent has stored is still there to be compared with, which both detectors need.
+    pub has_proof: bool,
+}
+
+type Found<T> = std::result::Result<T, Why>;
+
+impl Question<'_> {
+    /// What `auto` would find.
+    pub(crate) fn forecast(&self) -> Forecast {
+        let log_len = self.start.as_u64().saturating_sub(self.parent.start_lsn.as_u64());
+        let line = match self.lineage() {
+            Ok(line) => line,
+            Err(why) => {
+                let detection = scan(why).detection;
+                return Forecast { detection, log_len, is_of_this_past: false, has_proof: false };
+            }
+        };
+        let proof = self.prove(&line).map(drop);
+        let found = self.expect_summaries(&line).and_then(|found| proof.clone().map(|()| found));
+        let found = found.or_else(|first| match self.expect_log(&line, log_len, &proof) {
+            Err(second) if second != first => Err(format!("{first}; {second}")),
+            found => found,
+        });
+        let detection = found.unwrap_or_else(|why| scan(why).detection);
+        Forecast { detection, log_len, is_of_this_past: true, has_proof: proof.is_ok() }
+    }
+
+    /// Whether the server's summaries cover what they can by now.
+    fn expect_summaries(&self, line: &Line) -> Found<Detection> {
+        if self.control.major_version().as_u32() < 17 {
+            return Err("this server writes no WAL summaries".to_owned());
+        }
+        let summaries = self.summaries()?;
+        let (from, to) = (self.parent.start_lsn, self.control.redo.max(self.parent.start_lsn));
+        let needed = line.history.wal_ranges(self.parent.start_timeline, from, to).map_err(told)?;
+        let summarizes = self.session.map_or(Ok(false), Session::summarizes_wal).map_err(told)?;
+        let reason = match summaries.check(&needed) {
+            _ if !summarizes => return Err("summarize_wal is off".to_owned()),
+            CoverageCheck::Covered => format!("WAL summaries cover {from} to {to}"),
+            CoverageCheck::MissingFrom(missing) => {
+                if summaries.coverage().ranges().any(|range| range.start > missing && range.start < self.start) {
+                    return Err(format!("there is no WAL summary from {missing} on"));
+                }
+                format!("the server summarizes its WAL, and has come to {missing}")
+            }
+        };
+        Ok(Detection { detector: Detector::Summary, reason })
+    }
+
+    /// Whether the log since the parent is there, and worth reading.
+    fn expect_log(&self, line: &Line, log_len: u64, proof: &Found<()>) -> Found<Detection> {
+        if log_len > self.cluster_bytes {
+            return Err(format!("reading {} MB of WAL would take longer", log_len / 1_000_000));
+        }
+        proof.clone()?;
+        let from = self.parent.start_lsn;
+        match self.files().map_err(told)?.first_missing(&line.history, from, self.start) {
+            Some(name) => Err(self.gone(name)),
+            None => Ok(Detection { detector: Detector::Wal, reason: format!("WAL covers {from} to {}", self.start) }),
+        }
+    }
+
+    /// The first WAL file since `from` that is neither in `pg_wal` nor in the archive.
+    pub(crate) fn first_missing_wal(&self, from: Lsn) -> Found<Option<WalSegmentName>> {
+        let line = self.lineage()?;
+        Ok(self.files().map_err(told)?.first_missing(&line.history, from, self.start))
+    }
+}

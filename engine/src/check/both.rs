@@ -1,0 +1,71 @@
+//! The repository and the cluster together: whether they are of each other, and whether there is room.
+
+use std::path::Path;
+
+use super::repository::Stored;
+use super::server::{Live, is_beside};
+use super::{Area, Sheet};
+use crate::backup::{must_be_the_same_cluster, must_lie_elsewhere};
+use crate::repo::BackupSummary;
+use crate::units::size;
+
+const AREA: Area = Area::Repository;
+
+/// Looks at what only both can tell.
+pub(super) fn look(repo: &Path, stored: Option<&Stored>, live: Option<&Live>, sheet: &mut Sheet) {
+    if let Some(live) = live {
+        let apart = sheet.need(AREA, "place", must_lie_elsewhere(&live.data_dir, repo)).is_some();
+        if apart && stored.is_some() && is_beside(repo, live.data_dir.path()) {
+            let what = "the repository is on the file system of the data directory: what hits that disk takes both";
+            sheet.warn(AREA, "place", what, "put the repository on another disk, or `pgstrata export` backups to one");
+        }
+    }
+    let Some(stored) = stored else { return };
+    if let Some(live) = live {
+        let same = sheet.need(AREA, "cluster", must_be_the_same_cluster(&stored.catalog, &live.control));
+        if same.is_some() && stored.newest().is_some() {
+            let identifier = live.control.system_identifier;
+            sheet.ok(AREA, "cluster", format!("its backups are of this cluster, {identifier}"));
+        }
+    }
+    let bytes = live.and_then(|live| live.bytes).map(|bytes| bytes.cluster);
+    if let Some(free) = sheet.need(AREA, "space", crate::os::free_bytes(repo)) {
+        sheet.facts.free_bytes = Some(free);
+        space(Room { free, cluster: bytes }, stored.catalog.backups(), sheet);
+    }
+}
+
+/// What there is room for, and for what.
+#[derive(Clone, Copy)]
+struct Room {
+    free: u64,
+    cluster: Option<u64>,
+}
+
+/// A backup can become a full one at any time, so there had better be room for that; it may be as large as the cluster, but where there has been one, the next is taken to
+/// be as small.
+fn space(Room { free, cluster }: Room, backups: &[BackupSummary], sheet: &mut Sheet) {
+    let last = backups.iter().rfind(|backup| backup.merged_from.is_none());
+    let next = last.map_or(0, |last| if last.parent.is_some() { last.stored_bytes } else { 0 });
+    let room = format!("{} free", size(free));
+    let hint = "make room, or remove old backups with `pgstrata expire`";
+    if free < next {
+        let what = format!("{room}, and the newest backup alone stored {}", size(next));
+        return sheet.warn(AREA, "space", what, hint);
+    }
+    let Some(cluster) = cluster else { return sheet.ok(AREA, "space", room) };
+    let (full, how) = match ratio(backups) {
+        Some(ratio) => ((cluster as f64 * ratio) as u64, "stored as the last one was"),
+        None => (cluster, "before compression"),
+    };
+    let needs = format!("{room}; a full backup of the cluster of {} needs {}, {how}", size(cluster), size(full));
+    if free < full { sheet.warn(AREA, "space", needs, hint) } else { sheet.ok(AREA, "space", needs) }
+}
+
+/// What part of the cluster's size the last full backup stored.
+fn ratio(backups: &[BackupSummary]) -> Option<f64> {
+    let is_known =
+        |backup: &&BackupSummary| backup.parent.is_none() && backup.merged_from.is_none() && backup.cluster_bytes > 0;
+    let full = backups.iter().rfind(is_known)?;
+    Some(full.stored_bytes as f64 / full.cluster_bytes as f64)
+}
