@@ -110,6 +110,8 @@ pub struct Finding {
 /// What was found, in numbers; what could not be found out is absent.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Facts {
+    /// The repository's format.
+    pub repository_format: Option<u32>,
     /// Backups of this cluster whose manifests can be read.
     pub backup_count: Option<u64>,
     /// The newest of them.
@@ -221,6 +223,42 @@ impl Sheet {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pg::{Lsn, TimelineId};
+    use crate::repo::BackupSummary;
+
+    /// A backup that began at this hour and stored a tenth of a cluster of 1000 bytes; an incremental if it has a parent.
+    pub fn backup(hour: i64, parent: Option<&BackupSummary>) -> BackupSummary {
+        let start_time = jiff::Timestamp::from_second(1_795_000_000 + hour * 3600).unwrap();
+        BackupSummary {
+            id: BackupId::generate(start_time).unwrap(),
+            backup_type: if parent.is_some() { BackupType::Incremental } else { BackupType::Full },
+            parent: parent.map(|parent| parent.id),
+            start_lsn: Lsn::new(0x28),
+            stop_lsn: Lsn::new(0x100),
+            timeline: TimelineId::new(1),
+            start_time,
+            stop_time: start_time,
+            duration_ms: 10_000,
+            cluster_bytes: 1000,
+            stored_bytes: 100,
+            blocks_changed: 3,
+            detector: "scan".to_owned(),
+            detector_reason: String::new(),
+            postgres_version: "18.1".to_owned(),
+            corrupt_pages: Vec::new(),
+            cluster: ClusterName::default(),
+            system_identifier: "7".to_owned(),
+            from_standby: false,
+            offline: false,
+            file_count: 1,
+            wal_bytes: 0,
+            tablespaces: Vec::new(),
+            note: None,
+            merged_from: None,
+            pinned: false,
+            damaged: false,
+        }
+    }
 
     #[test]
     fn the_worst_answer_is_that_of_the_report_and_answers_are_by_what_they_are_about() {

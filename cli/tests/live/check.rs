@@ -154,7 +154,7 @@ fn what_a_backup_would_stumble_over_is_said(lab: &Lab) {
     says(&check(lab, &source, 0), "slots", "warning", &["none of 1 replication slot", "max_replication_slots"]);
     let locked = source.data_dir().join("server.key");
     fs::write(&locked, b"key").unwrap();
-    fs::set_permissions(&locked, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&locked, fs::Permissions::from_mode(0o000)).unwrap();
     refuses(source.data_dir(), &source.conninfo(), "files", &["server.key"]);
     fs::remove_file(&locked).unwrap();
 
@@ -204,6 +204,20 @@ fn a_repository_that_is_not_well_is_told_by_its_exit_code(lab: &Lab) {
     says(&lacking, "detector", "warning", &["full"]);
     assert_eq!((&lacking["status"], &lacking["backup_possible"]), (&"failed".into(), &true.into()));
     fs::rename(&away, &packs).unwrap();
+    check(lab, &source, 0);
+
+    // An earlier verification found damage.
+    let pack = fs::read_dir(&packs).unwrap().map(|entry| entry.unwrap().path()).next().unwrap();
+    let sound = fs::read(&pack).unwrap();
+    let mut bytes = sound.clone();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&pack, bytes).unwrap();
+    let verify: [OsString; 3] = ["verify".into(), "--repo".into(), lab.repo().into()];
+    lab.pgstrata(&verify).expect(3);
+    says(&check(lab, &source, 3), "packs", "failed", &[&ids[2], "found it damaged"]);
+    fs::write(&pack, sound).unwrap();
+    lab.pgstrata(&verify).expect(0);
     check(lab, &source, 0);
 
     // A lock that does not read keeps backups out.

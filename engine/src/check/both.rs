@@ -69,3 +69,43 @@ fn ratio(backups: &[BackupSummary]) -> Option<f64> {
     let full = backups.iter().rfind(is_known)?;
     Some(full.stored_bytes as f64 / full.cluster_bytes as f64)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::backup;
+    use super::super::{Finding, Verdict};
+    use super::*;
+
+    fn told(free: u64, cluster: Option<u64>, backups: &[BackupSummary]) -> Finding {
+        let mut sheet = Sheet::default();
+        space(Room { free, cluster }, backups, &mut sheet);
+        sheet.found.remove(0)
+    }
+
+    #[test]
+    fn there_had_better_be_room_for_a_full_backup() {
+        assert_eq!(told(999, Some(1000), &[]).status, Verdict::Warning, "nothing tells how well it compresses");
+        assert_eq!(told(1000, Some(1000), &[]).status, Verdict::Ok);
+        let full = backup(0, None);
+        let full = std::slice::from_ref(&full);
+        assert_eq!(
+            told(199, Some(2000), full).status,
+            Verdict::Warning,
+            "it stored a tenth of a cluster half as large"
+        );
+        let ok = told(200, Some(2000), full);
+        assert_eq!((ok.status, ok.message.contains("needs 200 B")), (Verdict::Ok, true), "{ok:?}");
+        assert_eq!(told(0, None, full).status, Verdict::Ok, "of a cluster that cannot be seen nothing is said");
+    }
+
+    #[test]
+    fn there_must_be_room_for_another_backup_like_the_last() {
+        let full = backup(0, None);
+        let large = BackupSummary { stored_bytes: 5000, ..backup(24, Some(&full)) };
+        let merged = BackupSummary { merged_from: Some(large.id), parent: None, stored_bytes: 1, ..backup(24, None) };
+        let backups = [full, large, merged];
+        let little = told(4999, Some(1000), &backups);
+        assert!(little.status == Verdict::Warning && little.message.contains("4.88 KiB"), "{little:?}");
+        assert_eq!(told(5000, Some(1000), &backups).status, Verdict::Ok);
+    }
+}

@@ -21,15 +21,10 @@ const MB: u64 = 1 << 20;
 
 /// Says what the next backup would do, and what would make it cheaper.
 pub(super) fn look(stored: &Stored, live: &Live, options: &Options, sheet: &mut Sheet) {
-    match sheet.need(AREA, "wal_archive", archive(live, options)).flatten() {
-        Some(0) => {
-            let hint = "name the directory that archive_command fills";
-            sheet.warn(AREA, "wal_archive", "the WAL archive holds no WAL segment", hint);
-        }
-        Some(found) => {
-            sheet.ok(AREA, "wal_archive", format!("the WAL archive holds {}", count(found as u64, "segment")));
-        }
-        None => {}
+    let Some(archived) = sheet.need(AREA, "wal_archive", archived(live, options)) else { return };
+    if archived == Some(0) {
+        let hint = "name the directory that archive_command fills";
+        sheet.warn(AREA, "wal_archive", "the WAL archive holds no WAL segment", hint);
     }
     let Some(newest) = stored.newest() else {
         return sheet.ok(AREA, "detector", "the next backup is a full one: there is no earlier one of this cluster");
@@ -38,25 +33,35 @@ pub(super) fn look(stored: &Stored, live: &Live, options: &Options, sheet: &mut 
     if must_be_the_same_cluster(&stored.catalog, &live.control).is_ok() {
         let manifest = stored.repo.manifest(&newest.cluster, newest.id);
         if let Some(parent) = sheet.need(Area::Repository, "backups", manifest) {
-            compared_with(&parent, stored, live, options, sheet);
+            compared_with(&parent, stored, live, options, archived, sheet);
         }
     }
 }
 
-fn compared_with(parent: &Manifest, stored: &Stored, live: &Live, options: &Options, sheet: &mut Sheet) {
+fn compared_with(
+    parent: &Manifest,
+    stored: &Stored,
+    live: &Live,
+    options: &Options,
+    archived: Option<usize>,
+    sheet: &mut Sheet,
+) {
     let Some(why) = sheet.need(Area::Repository, "packs", unfit(stored, live, parent)) else { return };
     if let Some(why) = why {
         let what = format!("the next backup is a full one: {} cannot be compared with: {why}", parent.id);
         return sheet.warn(AREA, "detector", what, "it takes longer and needs more room than an incremental");
     }
     if let Some(outlook) = sheet.need(AREA, "detector", outlook(stored, live, parent, options)) {
+        if let Some(archived) = archived.filter(|archived| *archived > 0) {
+            outlook.tell_of_the_archive(archived, sheet);
+        }
         outlook.tell(sheet);
         keep_time(live, stored.catalog.backups(), sheet);
     }
 }
 
 /// How many segments the archive holds that the user names; one that cannot be listed ends a backup.
-fn archive(live: &Live, options: &Options) -> Result<Option<usize>> {
+fn archived(live: &Live, options: &Options) -> Result<Option<usize>> {
     let Some(archive) = &options.wal_archive else { return Ok(None) };
     let files = WalFiles::list(&[archive], live.control.wal_segment_size);
     files.map(|files| Some(files.segment_count())).map_err(|error| error.hint("look at --wal-archive"))
@@ -73,8 +78,8 @@ fn unfit(stored: &Stored, live: &Live, parent: &Manifest) -> Result<Option<Strin
 /// What the next incremental would do, and what the ones before it did.
 struct Outlook {
     forecast: Forecast,
-    /// The first WAL file since the newest backup that is gone, by name.
-    missing: Option<String>,
+    /// What the log grows between two backups, in bytes.
+    log_between: u64,
     major: u32,
     summarizes: bool,
     /// `wal_keep_size` in MB.
@@ -100,12 +105,11 @@ fn outlook(stored: &Stored, live: &Live, parent: &Manifest, options: &Options) -
         cluster_bytes: live.bytes.map_or(parent.cluster_bytes, |bytes| bytes.cluster),
         notice: &|_| {},
     };
-    let size = live.control.wal_segment_size;
-    let missing = question.first_missing_wal(parent.start_lsn).ok().flatten().map(|name| name.file_name(size));
     let backups = stored.catalog.backups();
+    let forecast = question.forecast();
     Ok(Outlook {
-        forecast: question.forecast(),
-        missing,
+        log_between: log_between(forecast.log_len, backups),
+        forecast,
         major: live.control.major_version().as_u32(),
         summarizes: session.summarizes_wal()?,
         wal_keep_mb: session.setting("wal_keep_size")?.and_then(|text| text.parse().ok()),
@@ -114,6 +118,20 @@ fn outlook(stored: &Stored, live: &Live, parent: &Manifest, options: &Options) -
         changed: last_changed(backups, live.control.block_size.as_u64()),
         rate: scan_rate(backups),
     })
+}
+
+/// Where the newest backup is older than usual, the log is longer than usual, too.
+fn log_between(log_len: u64, backups: &[BackupSummary]) -> u64 {
+    let age = age(backups).as_secs_f64();
+    match usual_gap(backups).map(|gap| gap.as_secs_f64()) {
+        Some(gap) if gap < age => (log_len as f64 * gap / age) as u64,
+        _ => log_len,
+    }
+}
+
+/// How long ago the newest backup began.
+fn age(backups: &[BackupSummary]) -> SignedDuration {
+    backups.last().map_or(SignedDuration::ZERO, |last| Timestamp::now().duration_since(last.start_time))
 }
 
 /// Bytes of the blocks that the last incremental backup found changed.
@@ -133,6 +151,19 @@ fn scan_rate(backups: &[BackupSummary]) -> Option<u64> {
 }
 
 impl Outlook {
+    fn tell_of_the_archive(&self, archived: usize, sheet: &mut Sheet) {
+        let holds = format!("the WAL archive holds {}", count(archived as u64, "segment"));
+        match &self.forecast.missing {
+            Some(name) => {
+                let hint = "look whether it is the right directory, and what the archiver says (pg_stat_archiver)";
+                let what =
+                    format!("{holds}, but neither it nor pg_wal has {name}, of the time since the newest backup");
+                sheet.warn(AREA, "wal_archive", what, hint);
+            }
+            None => sheet.ok(AREA, "wal_archive", format!("{holds}; nothing is missing since the newest backup")),
+        }
+    }
+
     fn tell(&self, sheet: &mut Sheet) {
         let detection = &self.forecast.detection;
         sheet.facts.wal_bytes = Some(self.forecast.log_len);
@@ -140,20 +171,20 @@ impl Outlook {
         sheet.facts.detector = Some(detection.detector.to_string());
         sheet.facts.detector_reason = Some(detection.reason.clone());
         let text = format!("the next incremental would use {}: {}", detection.detector, detection.reason);
-        let advice = self.advice();
-        let reads = match (detection.detector, &advice) {
-            (Detector::Scan, None) => format!("; it reads {}", self.everything()),
-            _ => String::new(),
-        };
-        sheet.ok(AREA, "detector", format!("{text}{reads}"));
-        match advice {
-            Some(Advice { check, message, hint }) if detection.detector == Detector::Scan => {
-                sheet.warn(AREA, check, message, hint);
+        match self.advice() {
+            None if self.scans() => sheet.ok(AREA, "detector", format!("{text}; it reads {}", self.everything())),
+            None => sheet.ok(AREA, "detector", text),
+            Some(Advice { check, message, hint }) => {
+                sheet.ok(AREA, "detector", text);
+                // Where the log spares the scan, it does well without, for now.
+                let status = if self.scans() { Verdict::Warning } else { Verdict::Ok };
+                sheet.add(AREA, check, status, message, Some(hint));
             }
-            // It does well without, for now.
-            Some(Advice { check, message, hint }) => sheet.add(AREA, check, Verdict::Ok, message, Some(hint)),
-            None => {}
         }
+    }
+
+    fn scans(&self) -> bool {
+        self.forecast.detection.detector == Detector::Scan
     }
 
     /// What would spare the scan.
@@ -161,57 +192,57 @@ impl Outlook {
         if self.major >= 17 && !self.summarizes {
             return Some(self.on_summaries());
         }
-        let scans = self.forecast.detection.detector == Detector::Scan;
-        let wal_is_gone = self.missing.is_some() || !self.forecast.has_proof;
-        (scans && self.forecast.is_of_this_past && wal_is_gone).then(|| self.on_wal())
+        let wal_is_gone = self.forecast.missing.is_some() || !self.forecast.has_proof;
+        // Without summaries, all of the log would have to be read.
+        let helps = self.summarizes || self.relation_bytes.is_none_or(|bytes| self.log_between < bytes);
+        (self.scans() && self.forecast.is_of_this_past && wal_is_gone && helps).then(|| self.on_wal())
     }
 
     fn on_summaries(&self) -> Advice {
-        let now = match self.forecast.detection.detector {
-            Detector::Scan => format!("each incremental reads {}", self.everything()),
-            _ => format!(
-                "an incremental reads the WAL since the one before it ({} by now), and once that is not all there, {}",
-                size(self.forecast.log_len),
+        let log = size(self.forecast.log_len);
+        let reads = match self.scans() {
+            true => format!("each incremental reads {}", self.everything()),
+            false => format!(
+                "an incremental reads the WAL since the one before it ({log} by now) or, where that is gone, {}",
                 self.everything()
             ),
         };
-        let message = format!("summarize_wal is off: {now}{}; with it on, it reads only what changed", self.of_that());
-        let keep = if self.forecast.has_proof || !self.forecast.is_of_this_past {
-            String::new()
-        } else {
-            format!("; what a backup stored of the WAL must stay until the next one, too: {}", self.keep_wal())
-        };
-        Advice { check: "summarize_wal", message, hint: format!("{SWITCH_ON_SUMMARIES}{keep}") }
+        let message =
+            format!("summarize_wal is off: {reads}{}; with it on, it reads only what changed", self.of_that());
+        let lacks_proof = self.forecast.is_of_this_past && !self.forecast.has_proof;
+        let keep = format!("\nthe WAL of a backup must stay until the next one, too: {}", self.keep_wal());
+        let hint = format!("{SWITCH_ON_SUMMARIES}{}", if lacks_proof { keep.as_str() } else { "" });
+        Advice { check: "summarize_wal", message, hint }
     }
 
     fn on_wal(&self) -> Advice {
-        let gone = match &self.missing {
-            Some(name) => format!("the WAL since the newest backup ({}) begins to be gone ({name})", self.log()),
-            None => format!("the WAL of the newest backup is not there to be compared ({} since)", self.log()),
+        let log = size(self.forecast.log_len);
+        let gone = match &self.forecast.missing {
+            Some(name) => format!("of the {log} of WAL since the newest backup, {name} is gone"),
+            None => format!("the WAL of the newest backup, {log} ago, cannot be compared with what is there now"),
         };
         let message = format!("{gone}: each incremental reads {}{}", self.everything(), self.of_that());
         let instead = if self.summarizes { "only what changed" } else { "the WAL instead" };
-        let hint = format!("where it stays until the next backup, that reads {instead}: {}", self.keep_wal());
+        let hint = format!("kept until the next backup, it makes that read {instead}: {}", self.keep_wal());
         Advice { check: "wal", message, hint }
     }
 
-    /// How WAL is kept until the next backup: twice what was written since the last.
+    /// How WAL is kept until the next backup: twice what is usually written in between.
     fn keep_wal(&self) -> String {
-        let wanted = (self.forecast.log_len * 2).div_ceil(MB).next_multiple_of(64);
+        let wanted = (self.log_between * 2).div_ceil(MB).next_multiple_of(64);
         let wanted = wanted.max(self.wal_keep_mb.map_or(0, |now| now + 64));
         let setting = format!("ALTER SYSTEM SET wal_keep_size = '{wanted}MB'; SELECT pg_reload_conf();");
-        if self.has_archive { setting } else { format!("{setting} or name an archive that has it: --wal-archive DIR") }
-    }
-
-    fn log(&self) -> String {
-        size(self.forecast.log_len)
+        match self.has_archive {
+            true => setting,
+            false => format!("{setting} or, where WAL is archived, --wal-archive DIR for `pgstrata backup`"),
+        }
     }
 
     /// All relation files, and how long reading them takes.
     fn everything(&self) -> String {
         let Some(bytes) = self.relation_bytes else { return "all relation files".to_owned() };
         let takes = self.rate.filter(|rate| *rate > 0).map(|rate| {
-            let seconds = Duration::from_secs(bytes / rate);
+            let seconds = Duration::try_from_secs_f64(bytes as f64 / rate as f64).unwrap_or_default();
             format!(" (about {} at the {}/s of the last scan)", duration(seconds), size(rate))
         });
         format!("all {} of relation files{}", size(bytes), takes.unwrap_or_default())
@@ -238,8 +269,7 @@ fn keep_time(live: &Live, backups: &[BackupSummary], sheet: &mut Sheet) {
         Err(error) => return sheet.error(AREA, "wal_summary_keep_time", Verdict::Failed, &error),
     };
     if let Some(minutes) = minutes.filter(|_| live.session.server().summarize_wal) {
-        let age = backups.last().map_or(SignedDuration::ZERO, |last| Timestamp::now().duration_since(last.start_time));
-        let needed = age.max(usual_gap(backups).unwrap_or_default());
+        let needed = age(backups).max(usual_gap(backups).unwrap_or_default());
         is_kept_long_enough(SignedDuration::from_mins(minutes), needed, sheet);
     }
 }
@@ -258,4 +288,120 @@ fn is_kept_long_enough(kept: SignedDuration, needed: SignedDuration, sheet: &mut
     let hint = "let them be kept for longer than the longest time between two backups: ALTER SYSTEM SET \
                 wal_summary_keep_time = '10d'; SELECT pg_reload_conf();";
     sheet.warn(AREA, "wal_summary_keep_time", what, hint);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Finding;
+    use super::super::tests::backup;
+    use super::*;
+    use crate::detect::Detection;
+
+    const GIB: u64 = 1 << 30;
+
+    /// A cluster of 4 GiB whose last incremental changed 12 MiB and took 8 seconds.
+    fn outlook(major: u32, summarizes: bool, detector: Detector) -> Outlook {
+        let detection = Detection { detector, reason: "so it is".to_owned() };
+        let gone = (detector == Detector::Scan).then(|| "000000010000000000000002".to_owned());
+        let (log_len, has_proof) = (100 * MB, gone.is_none());
+        Outlook {
+            forecast: Forecast { detection, log_len, is_of_this_past: true, has_proof, missing: gone },
+            log_between: log_len,
+            major,
+            summarizes,
+            wal_keep_mb: Some(0),
+            has_archive: false,
+            relation_bytes: Some(4 * GIB),
+            changed: Some(12 * MB),
+            rate: Some(512 * MB),
+        }
+    }
+
+    fn told(outlook: &Outlook) -> Vec<Finding> {
+        let mut sheet = Sheet::default();
+        outlook.tell(&mut sheet);
+        sheet.found
+    }
+
+    #[test]
+    fn what_summaries_would_save_is_told_in_bytes_and_seconds() {
+        let scans = outlook(18, false, Detector::Scan);
+        let [_, advice] = &told(&scans)[..] else { panic!("no advice") };
+        assert_eq!((advice.check, advice.status), ("summarize_wal", Verdict::Warning));
+        assert_eq!(
+            advice.message,
+            "summarize_wal is off: each incremental reads all 4.00 GiB of relation files (about 8.0 s at the 512 MiB/s of the \
+             last scan); the last one found 12.0 MiB changed; with it on, it reads only what changed"
+        );
+        let hint = advice.hint.as_deref().unwrap();
+        assert!(hint.contains("ALTER SYSTEM SET summarize_wal = on") && hint.contains("no restart"), "{hint}");
+        assert!(hint.contains("wal_keep_size = '256MB'") && hint.contains("--wal-archive"), "{hint}");
+        let proved =
+            Outlook { forecast: Forecast { has_proof: true, ..scans.forecast }, ..outlook(18, false, Detector::Scan) };
+        assert!(!told(&proved)[1].hint.as_deref().unwrap().contains("wal_keep_size"));
+    }
+
+    #[test]
+    fn where_the_log_spares_the_scan_summaries_are_no_warning() {
+        let reads = outlook(18, false, Detector::Wal);
+        let [_, advice] = &told(&reads)[..] else { panic!("no advice") };
+        assert_eq!((advice.check, advice.status), ("summarize_wal", Verdict::Ok));
+        assert!(advice.message.contains("reads the WAL since the one before it (100 MiB by now)"), "{advice:?}");
+    }
+
+    #[test]
+    fn what_keeps_the_log_is_told_where_that_would_help() {
+        for (major, instead) in [(15, "the WAL instead"), (18, "only what changed")] {
+            let [_, advice] = &told(&outlook(major, major > 16, Detector::Scan))[..] else { panic!("no advice") };
+            assert_eq!((advice.check, advice.status), ("wal", Verdict::Warning));
+            assert!(advice.hint.as_deref().unwrap().contains(instead), "{advice:?}");
+        }
+        let good = outlook(15, false, Detector::Wal);
+        let long = Outlook { log_between: 5 * GIB, ..outlook(15, false, Detector::Scan) };
+        let other = outlook(15, false, Detector::Scan);
+        let other = Outlook {
+            forecast: Forecast { is_of_this_past: false, ..other.forecast },
+            ..outlook(15, false, Detector::Scan)
+        };
+        for outlook in [good, long, other] {
+            let [only] = &told(&outlook)[..] else { panic!("advice for nothing: {:?}", outlook.forecast) };
+            assert_eq!((only.check, only.status), ("detector", Verdict::Ok));
+        }
+    }
+
+    #[test]
+    fn an_archive_with_a_gap_is_told_with_its_first_file() {
+        let tell = |outlook: &Outlook| {
+            let mut sheet = Sheet::default();
+            outlook.tell_of_the_archive(7, &mut sheet);
+            sheet.found.remove(0)
+        };
+        assert_eq!(tell(&outlook(15, false, Detector::Wal)).status, Verdict::Ok);
+        let gap = tell(&outlook(15, false, Detector::Scan));
+        assert!(gap.status == Verdict::Warning && gap.message.contains("000000010000000000000002"), "{gap:?}");
+    }
+
+    #[test]
+    fn the_rate_is_that_of_the_last_backup_that_read_everything_and_stored_little() {
+        let full = BackupSummary { duration_ms: 100_000, ..backup(0, None) };
+        let scanned = backup(24, Some(&full));
+        let by_wal = BackupSummary { detector: "wal".to_owned(), ..backup(48, Some(&full)) };
+        let merged = BackupSummary { merged_from: Some(full.id), ..backup(48, None) };
+        assert_eq!(scan_rate(&[]), None);
+        assert_eq!(scan_rate(std::slice::from_ref(&full)), Some(10));
+        assert_eq!(scan_rate(&[full.clone(), scanned, by_wal.clone(), merged.clone(), backup(72, None)]), Some(100));
+        assert_eq!(last_changed(&[full.clone(), by_wal, merged], 8192), Some(3 * 8192));
+        assert_eq!(last_changed(&[full], 8192), None);
+    }
+
+    #[test]
+    fn summaries_must_outlive_the_time_between_two_backups() {
+        let status = |kept, needed| {
+            let mut sheet = Sheet::default();
+            is_kept_long_enough(SignedDuration::from_hours(kept), SignedDuration::from_hours(needed), &mut sheet);
+            sheet.found.first().map(|finding| finding.status)
+        };
+        assert_eq!([status(240, 24), status(0, 24)], [None, None], "for ten days, or for ever");
+        assert_eq!([status(24, 24), status(10, 24)], [Some(Verdict::Warning); 2]);
+    }
 }

@@ -55,6 +55,7 @@ pub(super) fn look(path: &Path, options: &Options, sheet: &mut Sheet) -> Option<
 fn open(path: &Path, sheet: &mut Sheet) -> Option<Repository> {
     match Repository::open(path) {
         Ok(repo) => {
+            sheet.facts.repository_format = Some(FORMAT_VERSION);
             sheet.ok(AREA, "repository", format!("{} is a repository of format {FORMAT_VERSION}", path.display()));
             Some(repo)
         }
@@ -162,7 +163,8 @@ fn hurt(faults: &[String], sheet: &mut Sheet) {
     let Some(first) = faults.first() else { return };
     let more = faults.len() - 1;
     let more = if more > 0 { format!(", and {}", count(more as u64, "other damaged backup")) } else { String::new() };
-    let hint = "`pgstrata verify` tells what is hurt; a backup with --full is whole again";
+    let hint =
+        "`pgstrata verify` tells which files are hurt; what is missing may be put back from a copy of the repository";
     sheet.add(AREA, "packs", Verdict::Damage, format!("{first}{more}"), Some(hint.to_owned()));
 }
 
@@ -188,4 +190,26 @@ fn unsound(stored: &Stored) -> Result<Vec<String>> {
 fn known_fault(repo: &Repository, backup: &BackupSummary) -> Result<Option<String>> {
     let manifest = repo.manifest(&backup.cluster, backup.id)?;
     Ok(repo.known_fault(&manifest)?.map(|fault| fault.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::backup;
+    use super::*;
+
+    fn at(hours: &[i64]) -> Vec<BackupSummary> {
+        hours.iter().map(|hour| backup(*hour, None)).collect()
+    }
+
+    #[test]
+    fn a_backup_is_expected_as_often_as_there_were_some() {
+        let hours = SignedDuration::from_hours;
+        assert_eq!(patience(&[]), WEEK);
+        assert_eq!(patience(&at(&[0, 24])), WEEK, "one gap is no habit");
+        assert_eq!(patience(&at(&[0, 24, 48, 72])), hours(72));
+        assert_eq!(patience(&at(&[0, 1, 2, 3])), DAY, "a day may always pass");
+        assert_eq!(patience(&at(&[0, 168, 336, 340, 504])), hours(3 * 168), "one more by hand changes nothing");
+        let merged: Vec<_> = at(&[0, 24, 24, 48, 48]);
+        assert_eq!(usual_gap(&merged), Some(hours(24)), "what was merged is no backup of its own time");
+    }
 }

@@ -148,7 +148,8 @@ fn files(
     sheet.need(AREA, "files", all_can_be_opened(data_dir, &listing))?;
     let files = listing.entries.iter().filter(|entry| len(&entry.kind).is_some()).count() as u64;
     let place = data_dir.path().display();
-    sheet.ok(AREA, "files", format!("{place}: {} can be read, {}", count(files, "file"), size(bytes.cluster)));
+    let (files, block) = (count(files, "file"), size(control.block_size.as_u64()));
+    sheet.ok(AREA, "files", format!("{place}: {files} can be read, {}, in blocks of {block}", size(bytes.cluster)));
     Some(bytes)
 }
 
@@ -183,4 +184,19 @@ fn all_can_be_opened(data_dir: &DataDir, listing: &Listing) -> Result<()> {
 /// Whether a directory is on the file system of another; false where that cannot be told.
 pub(super) fn is_beside(one: &Path, other: &Path) -> bool {
     crate::os::share_a_file_system(one, other).unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backup_wants_one_slot_and_does_without() {
+        let statuses = [(10, 9), (10, 10), (0, 0), (1, 2)].map(|(max, used)| {
+            let mut sheet = Sheet::default();
+            slot(SlotCount { max, used }, &mut sheet);
+            sheet.found[0].status
+        });
+        assert_eq!(statuses, [Verdict::Ok, Verdict::Warning, Verdict::Warning, Verdict::Warning]);
+    }
 }

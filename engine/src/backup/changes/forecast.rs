@@ -7,7 +7,7 @@
 
 use super::{Line, Question, Session, Why, scan, told};
 use crate::detect::{CoverageCheck, Detection, Detector};
-use crate::pg::{Lsn, WalSegmentName};
+use crate::pg::WalSegmentName;
 
 /// What a backup would probably find.
 #[derive(Debug)]
@@ -20,6 +20,8 @@ pub(crate) struct Forecast {
     pub is_of_this_past: bool,
     /// Whether the WAL that the parent has stored is still there to be compared with, which both detectors need.
     pub has_proof: bool,
+    /// The first WAL file since the parent's start that is neither in `pg_wal` nor in the archive.
+    pub missing: Option<String>,
 }
 
 type Found<T> = std::result::Result<T, Why>;
@@ -32,17 +34,20 @@ impl Question<'_> {
             Ok(line) => line,
             Err(why) => {
                 let detection = scan(why).detection;
-                return Forecast { detection, log_len, is_of_this_past: false, has_proof: false };
+                return Forecast { detection, log_len, is_of_this_past: false, has_proof: false, missing: None };
             }
         };
         let proof = self.prove(&line).map(drop);
+        let missing = self.first_missing(&line);
         let found = self.expect_summaries(&line).and_then(|found| proof.clone().map(|()| found));
-        let found = found.or_else(|first| match self.expect_log(&line, log_len, &proof) {
+        let found = found.or_else(|first| match self.expect_log(log_len, &proof, &missing) {
             Err(second) if second != first => Err(format!("{first}; {second}")),
             found => found,
         });
         let detection = found.unwrap_or_else(|why| scan(why).detection);
-        Forecast { detection, log_len, is_of_this_past: true, has_proof: proof.is_ok() }
+        let name = |name: WalSegmentName| name.file_name(self.control.wal_segment_size);
+        let missing = missing.ok().flatten().map(name);
+        Forecast { detection, log_len, is_of_this_past: true, has_proof: proof.is_ok(), missing }
     }
 
     /// Whether the server's summaries cover what they can by now.
@@ -68,21 +73,22 @@ impl Question<'_> {
     }
 
     /// Whether the log since the parent is there, and worth reading.
-    fn expect_log(&self, line: &Line, log_len: u64, proof: &Found<()>) -> Found<Detection> {
+    fn expect_log(&self, log_len: u64, proof: &Found<()>, missing: &Found<Option<WalSegmentName>>) -> Found<Detection> {
         if log_len > self.cluster_bytes {
             return Err(format!("reading {} MB of WAL would take longer", log_len / 1_000_000));
         }
         proof.clone()?;
-        let from = self.parent.start_lsn;
-        match self.files().map_err(told)?.first_missing(&line.history, from, self.start) {
+        match missing.clone()? {
             Some(name) => Err(self.gone(name)),
-            None => Ok(Detection { detector: Detector::Wal, reason: format!("WAL covers {from} to {}", self.start) }),
+            None => {
+                let reason = format!("WAL covers {} to {}", self.parent.start_lsn, self.start);
+                Ok(Detection { detector: Detector::Wal, reason })
+            }
         }
     }
 
-    /// The first WAL file since `from` that is neither in `pg_wal` nor in the archive.
-    pub(crate) fn first_missing_wal(&self, from: Lsn) -> Found<Option<WalSegmentName>> {
-        let line = self.lineage()?;
-        Ok(self.files().map_err(told)?.first_missing(&line.history, from, self.start))
+    fn first_missing(&self, line: &Line) -> Found<Option<WalSegmentName>> {
+        let files = self.files().map_err(told)?;
+        Ok(files.first_missing(&line.history, self.parent.start_lsn, self.start))
     }
 }
