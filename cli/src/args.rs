@@ -541,6 +541,7 @@ fn parse_tablespace_map(text: &str) -> Result<(PathBuf, PathBuf), String> {
 const MAIN_HELP: &str = "\
 Examples:
   pgstrata demo
+  pgstrata check --repo /backup/pg -D /var/lib/postgresql/15/main
   pgstrata backup --init --repo /backup/pg -D /var/lib/postgresql/15/main
   pgstrata list --repo /backup/pg
   pgstrata expire --repo /backup/pg --keep-daily 7 --keep-weekly 4

@@ -757,6 +757,20 @@ mod tests {
     }
 
     #[test]
+    fn a_check_takes_what_a_backup_is_given() {
+        let file = "repo = '/r'\npgdata = '/d'\nwal-archive = '/a'\n[check]\ncluster = 'shop'";
+        let env = [("PGSTRATA_DBNAME", "service=main"), ("PGDATA", "/pgdata")];
+        let Ok(Request::Check { repo, options }) = resolve(file, &env, "check").1 else { panic!("no check") };
+        assert_eq!((repo, options.data_dir, options.wal_archive), ("/r".into(), Some("/d".into()), Some("/a".into())));
+        assert_eq!(
+            (options.cluster.to_string(), options.conninfo.as_deref()),
+            ("shop".to_owned(), Some("service=main"))
+        );
+        let Ok(Request::Check { options, .. }) = resolve("", &env, "check --repo /r").1 else { panic!("no check") };
+        assert_eq!(options.data_dir, Some("/pgdata".into()));
+    }
+
+    #[test]
     fn json_can_be_asked_for_in_every_layer_and_holds_for_failures() {
         for (file, env, line) in [
             ("", &[][..], "list --json"),

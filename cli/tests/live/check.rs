@@ -108,6 +108,7 @@ fn a_check_goes_with_a_cluster_from_before_its_first_night(lab: &Lab) {
     // A name that nobody has.
     let other = check_of(lab, source.data_dir(), &source.conninfo(), &["--cluster", "shop"]).json(0);
     says(&other, "backups", "warning", &["main", "--cluster"]);
+    says(&other, "cluster", "warning", &["as main", "--cluster main"]);
 }
 
 fn what_a_backup_would_stumble_over_is_said(lab: &Lab) {
@@ -139,6 +140,18 @@ fn what_a_backup_would_stumble_over_is_said(lab: &Lab) {
     let as_role = |role: &str| source.conninfo().replace("user=postgres", &format!("user={role}"));
     refuses(source.data_dir(), &as_role("plain"), "connection", &["GRANT", "REPLICATION"]);
     refuses(source.data_dir(), &as_role("reader"), "rights", &["REPLICATION", "GRANT EXECUTE"]);
+    // Nor is a repository made for a backup that would fail.
+    let unmade = lab.path("unmade");
+    let words: [OsString; 6] = [
+        "backup".into(),
+        "--init".into(),
+        "--repo".into(),
+        unmade.clone().into(),
+        "-d".into(),
+        as_role("reader").into(),
+    ];
+    lab.pgstrata(words).refuses(1, &["may not back up", "GRANT EXECUTE"]);
+    assert!(!unmade.exists());
     let functions = match lab.server.major {
         13 | 14 => "pg_start_backup(text, boolean, boolean), pg_stop_backup(boolean, boolean)",
         _ => "pg_backup_start(text, boolean), pg_backup_stop(boolean)",

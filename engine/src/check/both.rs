@@ -23,15 +23,33 @@ pub(super) fn look(repo: &Path, stored: Option<&Stored>, live: Option<&Live>, sh
     let Some(stored) = stored else { return };
     if let Some(live) = live {
         let same = sheet.need(AREA, "cluster", must_be_the_same_cluster(&stored.catalog, &live.control));
-        if same.is_some() && stored.newest().is_some() {
-            let identifier = live.control.system_identifier;
-            sheet.ok(AREA, "cluster", format!("its backups are of this cluster, {identifier}"));
+        let identifier = live.control.system_identifier.to_string();
+        match stored.newest() {
+            Some(_) if same.is_some() => {
+                sheet.ok(AREA, "cluster", format!("its backups are of this cluster, {identifier}"));
+            }
+            Some(_) => {}
+            None => other_name(stored, &identifier, sheet),
         }
     }
     let bytes = live.and_then(|live| live.bytes).map(|bytes| bytes.cluster);
     if let Some(free) = sheet.need(AREA, "space", crate::os::free_bytes(repo)) {
         sheet.facts.free_bytes = Some(free);
         space(Room { free, cluster: bytes }, stored.catalog.backups(), sheet);
+    }
+}
+
+/// A cluster that has backups under another name would be stored a second time.
+fn other_name(stored: &Stored, identifier: &str, sheet: &mut Sheet) {
+    let Some(names) = sheet.need(AREA, "cluster", stored.repo.clusters()) else { return };
+    for name in names {
+        // One that does not read is told to whoever names it.
+        let Ok(catalog) = stored.repo.catalog(&name) else { continue };
+        if catalog.backups().last().is_some_and(|newest| newest.system_identifier == identifier) {
+            let what = format!("the repository has backups of this very cluster, {identifier}, as {name}");
+            let hint = format!("--cluster {name} goes on with them; with another name all of it is stored once more");
+            sheet.warn(AREA, "cluster", what, hint);
+        }
     }
 }
 

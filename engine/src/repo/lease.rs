@@ -253,7 +253,7 @@ impl Lease {
     }
 
     /// Proves that the repository can be written to: puts a lease that names nothing, and takes it away again. Nobody waits for such a one, and where this
-    /// process is killed in between, whoever looks at the leases next removes it.
+    /// process is killed in between, the next expiry removes it.
     ///
     /// # Errors
     /// What the store says.

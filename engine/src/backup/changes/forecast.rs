@@ -3,6 +3,8 @@
 //! The same questions are asked in the same order, of the log as it is now; nothing is waited for, and no log is read but the little of it that proves the
 //! parent. What only reading the log shows stays open: a damaged record, a stretch with `wal_level = minimal`. A backup then scans, and says so.
 //!
+//! That of a standby begins at the last checkpoint that it has replayed, which only the server knows; it may lie before the parent's end, and then the backup scans.
+//!
 //! A backup begins with a checkpoint, and summaries end at checkpoints. So what they must reach by now is the last one, not the end of the log.
 
 use super::{Line, Question, Session, Why, scan, told};
