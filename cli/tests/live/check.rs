@@ -273,8 +273,16 @@ fn recycle(source: &Cluster) {
     }
 }
 
+/// Changes a setting, as a session that begins now sees it.
+fn set(cluster: &mut Cluster, name: &str, value: &str) {
+    cluster.sql("postgres", &format!("ALTER SYSTEM SET {name} = '{value}'")).unwrap();
+    cluster.sql("postgres", "SELECT pg_reload_conf()").unwrap();
+    let show = format!("SHOW {name}");
+    cluster.wait_for(name, |cluster| cluster.query_value("postgres", &show).is_ok_and(|is| is == value)).unwrap();
+}
+
 fn what_would_spare_a_scan_is_said_in_numbers(lab: &Lab) {
-    let source = lab.cluster(&options());
+    let mut source = lab.cluster(&options());
     let has_summaries = lab.server.major >= 17;
     furnish(&source);
     lab.backup(&source, &[]);
@@ -301,11 +309,10 @@ fn what_would_spare_a_scan_is_said_in_numbers(lab: &Lab) {
     says(&empty, "wal_archive", "warning", &["no WAL segment"]);
 
     // What was said is done.
-    source.sql("postgres", "ALTER SYSTEM SET wal_keep_size = '1GB'").unwrap();
+    set(&mut source, "wal_keep_size", "1GB");
     if has_summaries {
-        source.sql("postgres", "ALTER SYSTEM SET summarize_wal = on").unwrap();
+        set(&mut source, "summarize_wal", "on");
     }
-    source.sql("postgres", "SELECT pg_reload_conf()").unwrap();
     lab.backup(&source, &[]);
     source.sql("postgres", "UPDATE t SET content = 'new' WHERE id < 50").unwrap();
     let spared = check(lab, &source, 0);
@@ -314,8 +321,7 @@ fn what_would_spare_a_scan_is_said_in_numbers(lab: &Lab) {
     assert!(!advised, "{spared:#}");
     assert_eq!(text(&lab.backup(&source, &[]), "detector"), text(&spared, "detector"));
     if has_summaries {
-        source.sql("postgres", "ALTER SYSTEM SET summarize_wal = off").unwrap();
-        source.sql("postgres", "SELECT pg_reload_conf()").unwrap();
+        set(&mut source, "summarize_wal", "off");
         let off = check(lab, &source, 0);
         assert_eq!(text(&off, "detector"), "wal");
         says(&off, "summarize_wal", "ok", &["summarize_wal is off", "ALTER SYSTEM SET summarize_wal = on"]);
@@ -323,9 +329,9 @@ fn what_would_spare_a_scan_is_said_in_numbers(lab: &Lab) {
 }
 
 fn a_standby_is_checked_like_a_primary(lab: &Lab) {
-    let primary = lab.cluster(&options().conf("wal_keep_size = 200"));
+    let mut primary = lab.cluster(&options().conf("wal_keep_size = 200"));
     furnish(&primary);
-    let standby = primary.make_standby().unwrap();
+    let mut standby = primary.make_standby().unwrap();
     lab.backup(&primary, &[]);
     let report = check(lab, &standby, 0);
     assert_eq!(report["is_standby"], true);
@@ -334,4 +340,26 @@ fn a_standby_is_checked_like_a_primary(lab: &Lab) {
     assert!(answer(&report, "detector")["message"].as_str().unwrap().contains("next incremental"), "{report:#}");
     lab.backup(&standby, &[]);
     assert_eq!(check(lab, &standby, 0)["backup_possible"], true);
+
+    // From WAL without whole pages, a standby cannot be backed up, and a primary can.
+    set(&mut primary, "full_page_writes", "off");
+    let without = "SELECT full_page_writes FROM pg_control_checkpoint()";
+    // The checkpointer hears of it in its own time.
+    let checkpoint = |primary: &Cluster| {
+        primary.sql("postgres", "CHECKPOINT").unwrap();
+        primary.query_value("postgres", without).is_ok_and(|is| is == "f")
+    };
+    primary.wait_for("a checkpoint without images of pages", checkpoint).unwrap();
+    let written = primary.query_value("postgres", "SELECT pg_current_wal_lsn()").unwrap();
+    let replayed = format!("SELECT pg_last_wal_replay_lsn() >= '{written}'");
+    standby.wait_for("replay", |standby| standby.query_value("postgres", &replayed).is_ok_and(|is| is == "t")).unwrap();
+    standby.sql("postgres", "CHECKPOINT").unwrap();
+    says(&check(lab, &standby, 1), "full_page_writes", "failed", &["full_page_writes = on"]);
+    assert_eq!(
+        lab.pgstrata(lab.backup_args(&standby)).code,
+        Some(1),
+        "a backup fails where a check says that it would"
+    );
+    check(lab, &primary, 0);
+    lab.backup(&primary, &[]);
 }

@@ -104,7 +104,8 @@ fn slot(SlotCount { max, used }: SlotCount, sheet: &mut Sheet) {
 fn replayed_without_images(session: &Session, control: &ControlFile, sheet: &mut Sheet) {
     if session.server().in_recovery && !control.full_page_writes {
         let what = "the primary writes WAL with full_page_writes = off, from which a standby cannot be backed up";
-        let hint = "set full_page_writes = on on the primary, reload it, and let it make a checkpoint";
+        let hint =
+            "set full_page_writes = on on the primary, reload it, and let first it, then the standby make a checkpoint";
         sheet.error(AREA, "full_page_writes", Verdict::Failed, &Error::new(ErrorKind::Postgres, what).hint(hint));
     }
 }
