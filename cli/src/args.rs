@@ -31,6 +31,7 @@ pub struct Cli {
 pub enum Command {
     Init(InitArgs),
     Backup(BackupArgs),
+    Check(CheckArgs),
     List(ListArgs),
     Verify(VerifyArgs),
     Restore(RestoreArgs),
@@ -168,6 +169,30 @@ pub struct ParentArgs {
     /// Store what changed since this backup.
     #[arg(long, value_name = "BACKUP")]
     pub parent: Option<String>,
+}
+
+/// Say whether a backup would work, and what would make the next one cheaper.
+#[derive(Args)]
+#[command(after_help = CHECK_HELP)]
+pub struct CheckArgs {
+    #[command(flatten)]
+    pub repo: RepoArgs,
+
+    /// The cluster's data directory [default: PGDATA, else what the server says]. Without -d and PGHOST, the server
+    /// that runs on it is found through its postmaster.pid.
+    #[arg(short = 'D', long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub pgdata: Option<PathBuf>,
+
+    /// How to connect, as for psql: a conninfo string or a postgresql:// address.
+    #[arg(short = 'd', long, value_name = "CONNINFO")]
+    pub dbname: Option<String>,
+
+    /// The directory with archived WAL that backups are given.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub wal_archive: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub common: CommonArgs,
 }
 
 /// List the backups, or show one in detail.
@@ -516,6 +541,7 @@ fn parse_tablespace_map(text: &str) -> Result<(PathBuf, PathBuf), String> {
 const MAIN_HELP: &str = "\
 Examples:
   pgstrata demo
+  pgstrata check --repo /backup/pg -D /var/lib/postgresql/15/main
   pgstrata backup --init --repo /backup/pg -D /var/lib/postgresql/15/main
   pgstrata list --repo /backup/pg
   pgstrata expire --repo /backup/pg --keep-daily 7 --keep-weekly 4
@@ -545,6 +571,17 @@ Examples:
 
 Connects as psql does: PGHOST, PGPORT, PGUSER, PGSERVICE, .pgpass and the rest are understood. Exits with 3 if pages \
 of the cluster are corrupt: the backup is made all the same, and lists them.";
+
+const CHECK_HELP: &str = "\
+Examples:
+  # Before the first night, and every week:
+  pgstrata check --repo /backup/pg -D /var/lib/postgresql/15/main
+  pgstrata check --repo /backup/pg -d service=production --wal-archive /archive/15-main
+  pgstrata check --repo /backup/pg --json | jq '.checks[] | select(.status != \"ok\")'
+
+Looks at the repository, the server, the data directory and what the next backup would read; changes nothing, and puts \
+no server into backup mode. Exits with 0 if a backup would work, with or without warnings; with 1 if it would not, also \
+where there is no repository yet; with 3 if backups in the repository are damaged; with 5 if it cannot be read.";
 
 const LIST_HELP: &str = "\
 Examples:

@@ -4,10 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use clap::CommandFactory;
+use engine::check::Verdict;
 use engine::progress::Phase;
 use engine::repo::{BackupSummary, Catalog, ClusterName, Repository};
 use engine::target::incomplete;
-use engine::{Error, ErrorKind, backup, expire, export, merge, pin, restore, verify};
+use engine::{Error, ErrorKind, backup, check, expire, export, merge, pin, restore, verify};
 
 use crate::args::Cli;
 use crate::config::{Request, Sources};
@@ -29,6 +30,7 @@ fn perform(request: Request, out: Printer) -> Result<Exit, Failure> {
         Request::Init { repo } => init(&repo, out),
         Request::Backup { repo, init, dry_run: true, options } => plan_backup(&repo, init, &options, out),
         Request::Backup { repo, init, dry_run: false, options } => back_up(&repo, init, &options, out),
+        Request::Check { repo, options } => look_over(&repo, &options, out),
         Request::List { repo, cluster, backup: None } => list(&repo, &cluster, out),
         Request::List { repo, cluster, backup: Some(backup) } => show(&repo, &cluster, &backup, out),
         Request::Verify { repo, cluster, backup, options } => check(&repo, &cluster, &backup, &options, out),
@@ -125,6 +127,25 @@ fn back_up(repo: &Path, init: bool, options: &backup::Options, out: Printer) -> 
     let corrupt = say_what_is_corrupt(&done.backup, "the cluster", repo);
     let missed = say_what_was_missed(&done);
     Ok(if done.repository_damage.is_empty() && !missed { corrupt } else { Exit::Damage })
+}
+
+fn look_over(repo: &Path, options: &check::Options, out: Printer) -> Result<Exit, Failure> {
+    let bars = Arc::new(Bars::new());
+    let meaning = |_| "not everything was looked at; nothing was changed".to_owned();
+    let done = interrupt::explained(&bars, meaning, || check::run(repo, options, &*bars))?;
+    let done = report::without_secrets(done);
+    out.document(&done, || report::check(&done))?;
+    // On standard error too: a cron job that throws the report away must not hide this.
+    if let Some(worst) = done.checks.iter().find(|finding| finding.status == done.status) {
+        match done.status {
+            Verdict::Ok | Verdict::Warning => {}
+            Verdict::Damage => report::print_error(&worst.message, worst.hint.as_deref()),
+            Verdict::Failed | Verdict::Unreadable => {
+                report::print_error(&format!("no backup can be made: {}", worst.message), worst.hint.as_deref());
+            }
+        }
+    }
+    Ok(Exit::of_check(done.status))
 }
 
 /// Whether an audit found that a detector would have missed more than hint bits.

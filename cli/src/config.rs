@@ -17,11 +17,11 @@ use clap::builder::OsStr;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches};
 use engine::repo::ClusterName;
-use engine::{Error, backup, expire, export, merge, restore, verify};
+use engine::{Error, backup, check, expire, export, merge, restore, verify};
 
 use crate::args::{
-    BackupArgs, Cli, Command, ExpireArgs, ExportArgs, ExportFormat, KeepArgs, MergeArgs, PinArgs, RULES, RestoreArgs,
-    VerifyArgs,
+    BackupArgs, CheckArgs, Cli, Command, ExpireArgs, ExportArgs, ExportFormat, KeepArgs, MergeArgs, PinArgs, RULES,
+    RestoreArgs, VerifyArgs,
 };
 use crate::report::Failure;
 
@@ -44,6 +44,7 @@ pub struct Sources<'a> {
 pub enum Request {
     Init { repo: PathBuf },
     Backup { repo: PathBuf, init: bool, dry_run: bool, options: backup::Options },
+    Check { repo: PathBuf, options: check::Options },
     List { repo: PathBuf, cluster: ClusterName, backup: Option<String> },
     Verify { repo: PathBuf, cluster: ClusterName, backup: String, options: verify::Options },
     Restore { repo: PathBuf, cluster: ClusterName, backup: String, dry_run: bool, options: restore::Options },
@@ -322,6 +323,7 @@ fn request(matches: &ArgMatches, env: &dyn Fn(&str) -> Option<OsString>) -> Resu
     Ok(match Cli::from_arg_matches(matches)?.command {
         Command::Init(args) => Request::Init { repo: args.repo },
         Command::Backup(args) => backup_request(args, command_matches, env),
+        Command::Check(args) => check_request(args, env),
         Command::List(args) => Request::List { repo: args.repo.repo, cluster: args.repo.cluster, backup: args.backup },
         Command::Verify(args) => verify_request(args),
         Command::Restore(args) => restore_request(args),
@@ -339,7 +341,7 @@ fn backup_request(args: BackupArgs, matches: Option<&ArgMatches>, env: &dyn Fn(&
     let options = backup::Options {
         parent: parent_choice(&args, matches),
         cluster: args.repo.cluster,
-        data_dir: args.pgdata.or_else(|| env("PGDATA").filter(|value| !value.is_empty()).map(PathBuf::from)),
+        data_dir: data_dir(args.pgdata, env),
         conninfo: args.dbname,
         detector: args.detect,
         wal_archive: args.wal_archive,
@@ -352,6 +354,21 @@ fn backup_request(args: BackupArgs, matches: Option<&ArgMatches>, env: &dyn Fn(&
         note: args.note,
     };
     Request::Backup { repo: args.repo.repo, init: args.init, dry_run: args.dry_run, options }
+}
+
+/// The data directory that is given, or libpq's.
+fn data_dir(given: Option<PathBuf>, env: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    given.or_else(|| env("PGDATA").filter(|value| !value.is_empty()).map(PathBuf::from))
+}
+
+fn check_request(args: CheckArgs, env: &dyn Fn(&str) -> Option<OsString>) -> Request {
+    let options = check::Options {
+        cluster: args.repo.cluster,
+        data_dir: data_dir(args.pgdata, env),
+        conninfo: args.dbname,
+        wal_archive: args.wal_archive,
+    };
+    Request::Check { repo: args.repo.repo, options }
 }
 
 /// The parent that is asked for; once the command line asks for one, what lies under it counts no more.
@@ -737,6 +754,20 @@ mod tests {
         assert_eq!(data_dir(&[pgdata, ("PGSTRATA_PGDATA", "/ours")], "backup --repo /r"), Some("/ours".into()));
         assert_eq!(data_dir(&[pgdata], "backup --repo /r -D /typed"), Some("/typed".into()));
         assert_eq!(data_dir(&[], "backup --repo /r"), None);
+    }
+
+    #[test]
+    fn a_check_takes_what_a_backup_is_given() {
+        let file = "repo = '/r'\npgdata = '/d'\nwal-archive = '/a'\n[check]\ncluster = 'shop'";
+        let env = [("PGSTRATA_DBNAME", "service=main"), ("PGDATA", "/pgdata")];
+        let Ok(Request::Check { repo, options }) = resolve(file, &env, "check").1 else { panic!("no check") };
+        assert_eq!((repo, options.data_dir, options.wal_archive), ("/r".into(), Some("/d".into()), Some("/a".into())));
+        assert_eq!(
+            (options.cluster.to_string(), options.conninfo.as_deref()),
+            ("shop".to_owned(), Some("service=main"))
+        );
+        let Ok(Request::Check { options, .. }) = resolve("", &env, "check --repo /r").1 else { panic!("no check") };
+        assert_eq!(options.data_dir, Some("/pgdata".into()));
     }
 
     #[test]

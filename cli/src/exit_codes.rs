@@ -9,10 +9,13 @@
 //! | 4 | another run holds the lock |
 //! | 5 | the repository is damaged, unreadable, or none |
 //!
+//! `check` ends with 1, not 5, where there is no repository yet: before the first backup that is no damage.
+//!
 //! A run that a signal interrupts ends by that signal, which a shell shows as 128 and the signal's number.
 
 use std::process::ExitCode;
 
+use engine::check::Verdict;
 use engine::{Error, ErrorKind};
 
 /// How a run ended.
@@ -44,6 +47,16 @@ impl Exit {
         }
     }
 
+    /// The ending of a check.
+    pub fn of_check(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Ok | Verdict::Warning => Self::Done,
+            Verdict::Damage => Self::Damage,
+            Verdict::Failed => Self::Failed,
+            Verdict::Unreadable => Self::Repository,
+        }
+    }
+
     /// Done, with or without damage.
     pub fn done(damaged: bool) -> Self {
         if damaged { Self::Damage } else { Self::Done }
@@ -68,6 +81,13 @@ mod tests {
         let failed = Exit::Failed;
         let expected = [failed, Exit::Repository, failed, failed, Exit::Locked, failed, failed, failed, failed];
         assert_eq!(exits, expected);
+    }
+
+    #[test]
+    fn a_check_fails_if_a_backup_would_and_warnings_are_no_failure() {
+        let exits = [Verdict::Ok, Verdict::Warning, Verdict::Damage, Verdict::Failed, Verdict::Unreadable];
+        let exits = exits.map(Exit::of_check);
+        assert_eq!(exits, [Exit::Done, Exit::Done, Exit::Damage, Exit::Failed, Exit::Repository]);
     }
 
     #[test]

@@ -3,25 +3,14 @@
 use std::num::NonZeroU64;
 use std::time::Duration;
 
-pub use engine::units::{count, size};
+pub use engine::units::{count, duration, size};
 
 /// `bytes` in `seconds` as a rate; nothing when no time passed.
 pub fn rate(bytes: u64, seconds: f64) -> Option<String> {
     (seconds > 0.0).then(|| format!("{}/s", size((bytes as f64 / seconds) as u64)))
 }
 
-/// A duration in at most two units: `3.2 s`, `4m07s`, `2h15m`, `3d04h`.
-pub fn duration(duration: Duration) -> String {
-    let seconds = duration.as_secs();
-    match seconds {
-        0..60 => format!("{:.1} s", (duration.as_secs_f64() * 10.0).floor() / 10.0),
-        60..3_600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
-        3_600..86_400 => format!("{}h{:02}m", seconds / 3_600, seconds % 3_600 / 60),
-        _ => format!("{}d{:02}h", seconds / 86_400, seconds % 86_400 / 3_600),
-    }
-}
-
-/// The same for a count of seconds that comes out of a report; a negative or absurd one counts as none.
+/// [`duration`] for a count of seconds that comes out of a report; a negative or absurd one counts as none.
 pub fn seconds(count: f64) -> String {
     duration(Duration::try_from_secs_f64(count).unwrap_or_default())
 }
@@ -51,12 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_have_at_most_two_units() {
-        let cases =
-            [(0, "0.0 s"), (59_990, "59.9 s"), (247_000, "4m07s"), (8_100_000, "2h15m"), (273_600_000, "3d04h")];
-        for (millis, text) in cases {
-            assert_eq!(duration(Duration::from_millis(millis)), text);
-        }
+    fn an_absurd_count_of_seconds_is_none() {
         assert_eq!(seconds(-1.0), "0.0 s");
         assert_eq!(seconds(f64::NAN), "0.0 s");
     }

@@ -129,8 +129,8 @@ fn no_password_is_told_when_nobody_is_there_to_take_it() {
         (String::new(), vec![("PGSERVICE", "mine".to_owned()), ("PGSERVICEFILE", sound)]),
     ];
     for (words, environment) in cases {
-        for json in ["", "--json"] {
-            let output = lab.run(&format!("backup --init {json} {words}"), &environment);
+        for command in ["backup --init", "backup --init --json", "check", "check --json"] {
+            let output = lab.run(&format!("{command} {words}"), &environment);
             assert!(!output.status.success(), "{words}");
             let told = [output.stdout, output.stderr].concat();
             assert!(!String::from_utf8_lossy(&told).contains(SECRET), "{words}: {}", String::from_utf8_lossy(&told));

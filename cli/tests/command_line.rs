@@ -5,9 +5,10 @@ use std::process::{Command, Output};
 use serde_json::Value;
 
 /// A failing call of each command, and its exit code.
-const FAILING: [(&str, i32); 20] = [
+const FAILING: [(&str, i32); 21] = [
     ("init --repo /dev/null/repo", 1),
     ("backup --repo /nonexistent/repo -D /nonexistent", 5),
+    ("check --repo /nonexistent/repo --cluster ../x", 2),
     ("list --repo /nonexistent/repo", 5),
     ("list --repo /nonexistent/repo latest", 5),
     ("list --repo /dev/null", 5),

@@ -21,6 +21,7 @@
 //!
 //! Rooms within: `plan` decides, `run` does one step after another, `commit` makes it a backup.
 
+mod advice;
 mod audit;
 mod changes;
 mod commit;
@@ -42,9 +43,12 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+pub(crate) use self::advice::SWITCH_ON_SUMMARIES;
 pub use self::audit::{AuditReport, Cause, MissedBlock};
+pub(crate) use self::changes::{Forecast, Question};
 pub use self::plan::{Plan, plan};
-use self::plan::{Source, must_be_stopped, must_lie_elsewhere, open_source};
+use self::plan::{Source, must_be_stopped, open_source};
+pub(crate) use self::plan::{connect, must_be_the_same_cluster, must_belong_together, must_lie_elsewhere};
 use self::run::{Attempt, Run};
 pub use crate::chunk::Compression;
 pub use crate::detect::DetectorChoice;
@@ -169,7 +173,8 @@ fn is_damaged_parent(options: &Options, error: &Error) -> bool {
     options.parent == ParentChoice::Automatic && error.kind() == ErrorKind::Corrupt && in_repository
 }
 
-/// Checks that a backup into the repository at `repo` is possible, which need not be there yet; changes nothing.
+/// Checks that a backup into the repository at `repo` is possible, which need not be there yet; changes nothing. [`crate::check`] asks the same
+/// questions, and more, and goes on after the first that is answered badly.
 ///
 /// # Errors
 /// What makes it impossible.

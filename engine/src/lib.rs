@@ -5,6 +5,7 @@
 extern crate self as pgstrata_engine;
 
 pub mod backup;
+pub mod check;
 pub mod chunk;
 #[cfg(test)]
 mod crashes;

@@ -5,7 +5,7 @@ use std::io::IoSliceMut;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Advice, fadvise};
+use rustix::fs::{Advice, fadvise, stat, statvfs};
 use rustix::io::{ReadWriteFlags, preadv2};
 
 use crate::error::{Error, Result};
@@ -41,6 +41,24 @@ pub(crate) fn will_read(file: &File, offset: u64, len: u64) {
 pub(crate) fn worker_count(jobs: Option<NonZeroUsize>) -> usize {
     let processors = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     jobs.unwrap_or_else(processors).get()
+}
+
+/// Bytes that this user may still write to the file system of `path`.
+///
+/// # Errors
+/// When it cannot be asked.
+pub(crate) fn free_bytes(path: &Path) -> Result<u64> {
+    let found = statvfs(path).map_err(|e| Error::io("ask for the free space of", path, e.into()))?;
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+/// Whether two directories are on one file system.
+///
+/// # Errors
+/// When one cannot be looked at.
+pub(crate) fn share_a_file_system(one: &Path, other: &Path) -> Result<bool> {
+    let device = |path: &Path| stat(path).map(|found| found.st_dev).map_err(|e| Error::io("look at", path, e.into()));
+    Ok(device(one)? == device(other)?)
 }
 
 /// Whether files can be given to other users: by root, unless he is root over hardly anybody but himself, as in a name space of a user's own.

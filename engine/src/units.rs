@@ -3,6 +3,8 @@
 //! One spelling of sizes for all of them, so that what a plan announces can be compared with what a report says. What programs read has
 //! plain bytes.
 
+use std::time::Duration;
+
 const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
 
 /// `bytes` with three significant digits and a binary unit: `512 B`, `8.00 KiB`, `12.3 GiB`.
@@ -22,6 +24,17 @@ pub fn size(bytes: u64) -> String {
         _ => 0,
     };
     format!("{value:.decimals$} {}", UNITS[unit])
+}
+
+/// A duration in at most two units: `3.2 s`, `4m07s`, `2h15m`, `3d04h`.
+pub fn duration(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    match seconds {
+        0..60 => format!("{:.1} s", (duration.as_secs_f64() * 10.0).floor() / 10.0),
+        60..3_600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
+        3_600..86_400 => format!("{}h{:02}m", seconds / 3_600, seconds % 3_600 / 60),
+        _ => format!("{}d{:02}h", seconds / 86_400, seconds % 86_400 / 3_600),
+    }
 }
 
 /// A count and its noun: `1 block`, `2 blocks`.
@@ -49,6 +62,15 @@ mod tests {
         ];
         for (bytes, text) in cases {
             assert_eq!(size(bytes), text, "{bytes}");
+        }
+    }
+
+    #[test]
+    fn durations_have_at_most_two_units() {
+        let cases =
+            [(0, "0.0 s"), (59_990, "59.9 s"), (247_000, "4m07s"), (8_100_000, "2h15m"), (273_600_000, "3d04h")];
+        for (millis, text) in cases {
+            assert_eq!(duration(Duration::from_millis(millis)), text);
         }
     }
 

@@ -29,7 +29,6 @@ impl Failure {
     /// An error met while opening the repository.
     pub fn opening(error: Error) -> Self {
         let exit = Exit::of_opening(&error);
-        let error = if exit == Exit::Repository { with_hint_about_the_header(error) } else { error };
         Self::Failed { error, exit }
     }
 
@@ -53,17 +52,6 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let exit = Exit::of(&error);
         Self::Failed { error, exit }
-    }
-}
-
-/// A damaged header is frightening, and damage to one small file.
-fn with_hint_about_the_header(error: Error) -> Error {
-    match (error.kind(), error.hint_text()) {
-        (ErrorKind::Corrupt, None) => error.hint(
-            "the backups are in other files: don't make a new repository here, \
-             but put its file `repository` back from a copy of the directory",
-        ),
-        _ => error,
     }
 }
 
@@ -172,7 +160,7 @@ fn kind_name(kind: ErrorKind) -> &'static str {
 }
 
 /// `text` with the passwords of conninfo strings and addresses replaced by `***`; rather too much than too little.
-fn redact(text: &str) -> String {
+pub(super) fn redact(text: &str) -> String {
     redact_addresses(&redact_keywords(text))
 }
 

@@ -3,6 +3,7 @@
 //! Standard output carries the result, standard error everything else. A reader that goes away (`| head`) is no
 //! failure. Whatever becomes an error message passes [`failure`] first: conninfo strings hold passwords.
 
+mod check;
 mod expire;
 mod failure;
 mod list;
@@ -16,6 +17,7 @@ use engine::repo::{BackupSummary, ClusterName};
 use engine::{Error, ErrorKind};
 use serde::Serialize;
 
+pub use check::{check, without_secrets};
 pub use expire::expire;
 pub use failure::{Failure, print_error, print_failure, print_line, print_notice};
 pub use list::{details, list, terminal_width};

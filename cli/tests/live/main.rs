@@ -3,6 +3,7 @@
 //! One test binary, so that all scenarios share the machine's cores. A scenario whose PostgreSQL can be neither found
 //! nor fetched says "skipped: no PostgreSQL 17 (reason)".
 
+mod check;
 mod corruption;
 mod detectors;
 mod errors;

@@ -18,11 +18,13 @@
 //! What goes wrong, and is a reason to scan and not an error: WAL that was recycled, summaries that are late or removed, a damaged log or map, a stretch with
 //! `wal_level = minimal`. What the log does not know of at all, [`super::audit`] finds.
 
+mod forecast;
 mod kept;
 mod past;
 
 use std::path::Path;
 
+pub(crate) use self::forecast::Forecast;
 pub(super) use self::kept::keep;
 use super::summaries::ServerSummaries;
 use super::{DetectorChoice, wal};
@@ -48,7 +50,7 @@ pub(super) struct Found {
 
 /// What is asked.
 #[derive(Clone, Copy)]
-pub(super) struct Question<'a> {
+pub(crate) struct Question<'a> {
     /// Where the parent is.
     pub repo: &'a Repository,
     /// The parent.
@@ -79,7 +81,7 @@ impl Question<'_> {
     ///
     /// # Errors
     /// `Unsupported` if a server that writes no summaries is asked for them; `Missing` and its kin for an archive that cannot be listed.
-    pub fn answer(&self, choice: DetectorChoice) -> Result<Found> {
+    pub(super) fn answer(&self, choice: DetectorChoice) -> Result<Found> {
         if let Some(archive) = self.wal_archive {
             // What the user names must be there; what is in it is proved, or not used.
             std::fs::read_dir(archive).map_err(|e| Error::io("list", archive, e).hint("look at --wal-archive"))?;

@@ -8,12 +8,12 @@ use std::time::Instant;
 
 use jiff::Timestamp;
 
-use super::Report;
 use super::audit::Audit;
 use super::changes::keep;
 use super::plan::Source;
 use super::run::{Found, Run, whole_second};
 use super::salvage::Salvage;
+use super::{Report, advice};
 use crate::error::Result;
 use crate::repo::{
     BackupSummary, ByteString, FORMAT_VERSION, FileKind, Manifest, PackName, PagePlace, TableWriter,
@@ -53,11 +53,14 @@ impl Run<'_, '_> {
         };
         manifest.own_bytes = written + taken_over + kept;
         let manifest_len = self.plan.repo.commit(&manifest, &self.lease)?;
+        let bytes_read = self.totals.bytes_read.load(Ordering::Relaxed) + salvage_read;
+        let advice = advice::on_summaries(&self.plan, self.audit.is_some(), bytes_read, manifest.blocks_changed);
+        advice.iter().for_each(|advice| self.progress.notice(advice));
         Ok(Report {
             audit: self.audit.map(Audit::finish),
             backup: BackupSummary::new(&manifest, manifest_len),
             seconds: begun.elapsed().as_secs_f64(),
-            bytes_read: self.totals.bytes_read.load(Ordering::Relaxed) + salvage_read,
+            bytes_read,
             bytes_written: written + kept + manifest_len,
             repository_damage: self.plan.repository_damage,
         })

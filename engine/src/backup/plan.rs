@@ -94,7 +94,7 @@ pub fn plan<'r>(repo: &'r Repository, options: &Options) -> Result<Plan<'r>> {
     Ok(plan)
 }
 
-pub(super) fn must_lie_elsewhere(data_dir: &DataDir, repo: &Path) -> Result<()> {
+pub(crate) fn must_lie_elsewhere(data_dir: &DataDir, repo: &Path) -> Result<()> {
     if data_dir.contains(repo)? {
         let what = format!("the repository {} lies in the data directory that it would back up", repo.display());
         return Err(Error::invalid(what).hint("put the repository on another disk"));
@@ -110,26 +110,31 @@ pub(super) fn open_source(options: &Options) -> Result<Source> {
         return Ok(Source::Offline { data_dir: DataDir::open(path)? });
     }
     let given = options.data_dir.as_deref().map(DataDir::open).transpose()?;
-    let path = given.as_ref().map(DataDir::path);
-    let session = Session::connect(options.conninfo.as_deref(), path, &Environment::from_process());
-    let session = session.map_err(|error| match &given {
-        Some(data_dir) if !has_a_server(data_dir) => error.hint(format!(
-            "no server runs on {}: start it, or back it up as it is with --offline",
-            data_dir.path().display(),
-        )),
-        _ => error,
-    })?;
+    let session = connect(options.conninfo.as_deref(), given.as_ref())?;
     let data_dir = match given {
         Some(data_dir) => data_dir,
         None => DataDir::open(&session.server().data_directory)?,
     };
     must_belong_together(&session, &data_dir)?;
     session.must_write_enough_wal()?;
+    session.must_be_allowed_to_back_up()?;
     Ok(Source::Live { session: Box::new(session), data_dir })
 }
 
+/// Connects to the server that `conninfo` names; if nothing does, to the one that runs on `given`.
+pub(crate) fn connect(conninfo: Option<&str>, given: Option<&DataDir>) -> Result<Session> {
+    let session = Session::connect(conninfo, given.map(DataDir::path), &Environment::from_process());
+    session.map_err(|error| match given {
+        Some(data_dir) if !has_a_server(data_dir) => error.hint(format!(
+            "no server runs on {}: start it, or back it up as it is with --offline",
+            data_dir.path().display(),
+        )),
+        _ => error,
+    })
+}
+
 /// A server that runs on another directory would tell us when to read one cluster and how to recover another.
-fn must_belong_together(session: &Session, data_dir: &DataDir) -> Result<()> {
+pub(crate) fn must_belong_together(session: &Session, data_dir: &DataDir) -> Result<()> {
     let server = session.server();
     let (_, control) = data_dir.read_control()?;
     let (ours, theirs) = (control.system_identifier, server.system_identifier);
@@ -185,7 +190,7 @@ pub(super) fn must_be_as_it_was(data_dir: &DataDir, control_bytes: &[u8]) -> Res
     Ok(())
 }
 
-fn must_be_the_same_cluster(catalog: &Catalog, control: &ControlFile) -> Result<()> {
+pub(crate) fn must_be_the_same_cluster(catalog: &Catalog, control: &ControlFile) -> Result<()> {
     let ours = control.system_identifier.to_string();
     let Some(other) = catalog.backups().iter().find(|backup| backup.system_identifier != ours) else { return Ok(()) };
     let name = &other.cluster;

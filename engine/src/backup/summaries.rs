@@ -76,7 +76,11 @@ impl<'a> ServerSummaries<'a> {
         }
     }
 
-    fn list(&self) -> Result<Summaries> {
+    /// Those that there are, of what the server wrote since its start.
+    ///
+    /// # Errors
+    /// When they cannot be listed.
+    pub fn list(&self) -> Result<Summaries> {
         Summaries::list_since(&self.directory, SystemTime::from(self.session.server().postmaster_start_time))
     }
 

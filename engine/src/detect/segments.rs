@@ -84,6 +84,11 @@ impl WalFiles {
         TimelineHistory::parse(timeline, &bytes)
     }
 
+    /// How many segments there are, whole or in part.
+    pub fn segment_count(&self) -> usize {
+        self.segments.len()
+    }
+
     /// The first segment of those from `start` to `end` along `history` of which there is no file.
     pub fn first_missing(&self, history: &TimelineHistory, start: Lsn, end: Lsn) -> Option<WalSegmentName> {
         let (first, last) = (self.size.segment_of(start), self.size.segment_before(end));

@@ -252,6 +252,19 @@ impl Lease {
         }
     }
 
+    /// Proves that the repository can be written to: puts a lease that names nothing, and takes it away again. Nobody waits for such a one, and where this
+    /// process is killed in between, the next expiry removes it.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub(crate) fn probe(repo: &Repository, cluster: &ClusterName) -> Result<()> {
+        let request = LeaseRequest { operation: Operation::Verify, runs: Vec::new(), uses: Vec::new() };
+        let lease = Self::put(repo, cluster, &request)?;
+        let Some(Held { state, .. }) = &lease.held else { return Ok(()) };
+        let object = state.current().object.clone();
+        state.store.delete(&object)
+    }
+
     fn wait_for(
         repo: &Repository,
         cluster: &ClusterName,

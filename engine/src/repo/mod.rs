@@ -51,6 +51,9 @@ pub const FORMAT_VERSION: u32 = 1;
 
 /// What to do about a backup that damage was met in.
 pub(crate) const TAKE_ANOTHER: &str = "`pgstrata verify` tells which backups are hurt; take another one";
+/// What to do about a damaged header, which is frightening, and damage to one small file.
+const DAMAGED_HEADER: &str = "the backups are in other files: don't make a new repository here, \
+                              but put its file `repository` back from a copy of the directory";
 /// Bytes that are put by for a full disk.
 const RESERVE_LEN: usize = 64 << 10;
 /// Bytes of a metadata record at most, decompressed: a part of 131,072 chunks has 12 MB.
@@ -167,7 +170,7 @@ impl Repository {
         };
         match Self::open_in(Arc::new(store), path.display().to_string()) {
             Err(e) if e.kind() == ErrorKind::Missing => Err(none(format!("{} is not a repository", path.display()))),
-            opened => opened,
+            opened => opened.map_err(|e| e.or_hint(ErrorKind::Corrupt, DAMAGED_HEADER)),
         }
     }
 

@@ -21,4 +21,4 @@ pub use conninfo::Environment;
 pub use datadir::{DataDir, Entry, EntryKind, Listing, Tablespace};
 pub use postmaster::PostmasterPid;
 pub use server::Server;
-pub use session::{BackupStart, BackupStop, FileSetting, Session};
+pub use session::{BackupStart, BackupStop, FileSetting, Session, SlotCount};

@@ -62,6 +62,15 @@ pub struct BackupStop {
     pub tablespace_map: Vec<u8>,
 }
 
+/// Replication slots, of which a backup takes one while it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotCount {
+    /// How many there may be.
+    pub max: u64,
+    /// How many there are.
+    pub used: u64,
+}
+
 /// A setting from a configuration file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileSetting {
@@ -171,6 +180,46 @@ impl Session {
         Ok(())
     }
 
+    /// Sees that the role may do what a backup does.
+    ///
+    /// # Errors
+    ///
+    /// `Postgres` if it may not, with the statements that grant all that is missing.
+    pub fn must_be_allowed_to_back_up(&self) -> Result<()> {
+        match self.block_on(rights::hint(&self.client, self.server.major)) {
+            Some(hint) => {
+                let what = format!("the role {:?} may not back up this server", self.role);
+                Err(Error::new(ErrorKind::Postgres, what).hint(hint))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Where the log is now: as far as a primary has written it to its files, or a standby has replayed it.
+    ///
+    /// # Errors
+    ///
+    /// When the server cannot be asked.
+    pub fn current_lsn(&self) -> Result<Lsn> {
+        let statement = "SELECT (CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_last_wal_replay_lsn() \
+             ELSE pg_catalog.pg_current_wal_flush_lsn() END)::pg_catalog.text";
+        let row = self.query_one("ask how far WAL is written", statement, &[])?;
+        if column::<Option<RawText>>(&row, 0)?.is_some() { lsn(&row, 0) } else { Ok(Lsn::INVALID) }
+    }
+
+    /// How many replication slots there may be, and how many there are.
+    ///
+    /// # Errors
+    ///
+    /// When the server cannot be asked.
+    pub fn replication_slots(&self) -> Result<SlotCount> {
+        let statement = "SELECT pg_catalog.current_setting('max_replication_slots')::pg_catalog.int8, \
+             (SELECT pg_catalog.count(*) FROM pg_catalog.pg_replication_slots)";
+        let row = self.query_one("count the replication slots", statement, &[])?;
+        let count = |index| Ok::<_, Error>(u64::try_from(column::<i64>(&row, index)?).unwrap_or_default());
+        Ok(SlotCount { max: count(0)?, used: count(1)? })
+    }
+
     /// Reserves the WAL and puts the server into backup mode; returns when the checkpoint is done, which takes up
     /// to `checkpoint_timeout` unless `fast`.
     ///
@@ -222,7 +271,12 @@ impl Session {
         Err(self.explain(error, "create a temporary replication slot"))
     }
 
-    fn setting(&self, name: &str) -> Result<Option<String>> {
+    /// A setting as `pg_settings` has it, in the unit that it has there; `None` if the server has no such setting.
+    ///
+    /// # Errors
+    ///
+    /// When the server cannot be asked.
+    pub fn setting(&self, name: &str) -> Result<Option<String>> {
         let statement = "SELECT setting FROM pg_catalog.pg_settings WHERE name = $1";
         let rows = self.query("read a setting", statement, &[&name])?;
         rows.first().map(|row| Ok(column::<RawText>(row, 0)?.to_text())).transpose()
