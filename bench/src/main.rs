@@ -18,6 +18,7 @@
 //! | `stage` | the cluster and its server |
 //! | `scratch` | the scratch directory, the same start for all commands, and the end |
 //! | `measure` | one command as a process: time, processor time, memory |
+//! | `memory` | what is touched before each command |
 //! | `record` | rounds and their samples |
 //! | `report` | samples to tables and files |
 //! | `machine` | what it ran on |
@@ -34,6 +35,7 @@ mod kernels;
 mod limits;
 mod machine;
 mod measure;
+mod memory;
 mod merge;
 mod metadata;
 mod nightly;
@@ -82,6 +84,7 @@ enum Workload {
     Kernels(KernelArgs),
     Limit(limits::LimitArgs),
     Read(ReadArgs),
+    Touch(memory::TouchArgs),
     Torture(TortureArgs),
     Report(ReportArgs),
 }
@@ -125,6 +128,10 @@ struct CommonArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     patience: u64,
 
+    /// Leave out what makes virtual machines fair: touching as much memory as a command may need before it starts.
+    #[arg(long)]
+    no_warm_memory: bool,
+
     /// Keep the scratch directory.
     #[arg(long)]
     keep: bool,
@@ -139,9 +146,19 @@ struct CommonArgs {
 }
 
 impl CommonArgs {
-    /// The option as it was given, for whoever wants to do the same.
-    fn shown_patience(&self) -> String {
-        if self.patience > 0 { format!(" --patience {}", self.patience) } else { String::new() }
+    /// The options as they were given, for whoever wants to do the same.
+    fn shown(&self) -> String {
+        let patience = if self.patience > 0 { format!(" --patience {}", self.patience) } else { String::new() };
+        patience + if self.no_warm_memory { " --no-warm-memory" } else { "" }
+    }
+
+    /// What happens last before each command, for whoever reads the results.
+    fn shown_memory(&self) -> &'static str {
+        if self.no_warm_memory {
+            ""
+        } else {
+            "Right before each, as much memory as it may need is touched and freed.\n"
+        }
     }
 }
 
@@ -319,6 +336,7 @@ fn run(workload: Workload) -> Result<(), Error> {
         Workload::Torture(args) => torture::run(&args),
         Workload::Limit(args) => limits::run(&args),
         Workload::Read(args) => read::run(&args.data_dir, args.jobs),
+        Workload::Touch(args) => memory::run(&args),
         Workload::Report(args) => {
             page::write(&args.runs, args.out.as_deref()).map(|path| println!("written to {}", path.display()))
         }

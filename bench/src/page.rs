@@ -33,7 +33,7 @@ const SAME_SIZE: f64 = 0.05;
 /// What is done, in the page's order: the word in the samples, what the page calls it, and the bounds that belong to it.
 const ACTIONS: [(&str, &str, &[&str]); 6] = [
     ("full", "Full backup", &["read", "compress"]),
-    ("incremental", "Incremental backup", &["read"]),
+    ("incremental", "Incremental backup", &["read", "hash"]),
     ("merge", "Merge", &[]),
     ("restore-full", "Restore of the full backup", &["copy", "write"]),
     ("restore-last", "Restore of the last backup", &["copy", "write"]),

@@ -17,7 +17,7 @@ use crate::compare::tools::{self, Action, Set, Tool};
 use crate::compare::{SiteArgs, ToolArgs};
 use crate::record::Recorder;
 use crate::report::{Facts, LEGEND, Run, Spread, Step};
-use crate::scratch::{Scratch, Start, say};
+use crate::scratch::{self, Caches, Scratch, Start, say};
 use crate::{CommonArgs, cannot, machine};
 
 /// What a second pgstrata is held to.
@@ -126,13 +126,13 @@ fn measure(args: &TpsArgs, site: &Site, recorder: &mut Recorder, beside: Option<
         way: way.to_owned(),
         cache: "warm".to_owned(),
         cluster: "pgbench".to_owned(),
-        jobs: Some(args.tools.jobs),
+        jobs: Some(args.tools.jobs()),
         ..Facts::default()
     };
     let loops = beside.map(|beside| Loop::start(site, beside)).transpose()?;
     let mut tps = None;
     let run = |command: &mut Command| {
-        let mut usage = site.measure(command, &Start::Warm(Vec::new()))?;
+        let mut usage = site.measure(command, &Start { caches: Caches::Warm(Vec::new()), memory_len: 0 })?;
         tps = tps_in(&usage.output);
         // What runs beside it is what is measured.
         usage.others = 0.0;
@@ -233,7 +233,7 @@ fn report(args: &TpsArgs, site: &Site, recorder: &Recorder, found: &[String]) ->
             site.describe(),
             args.major
         ),
-        command: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
+        command: scratch::typed(),
         settings: format!("The server's settings: {}, fsync = on", site.settings()),
         legend: LEGEND,
         found: tps_table(recorder, &steps) + &found.iter().map(|line| format!("{line}\n")).collect::<String>(),
