@@ -9,6 +9,7 @@
 //! | file | what it knows |
 //! |---|---|
 //! | `compare` | the tools, the clusters, what changes in them, and the rounds |
+//! | `growth` | what an incremental of the same changes costs on clusters of several sizes |
 //! | `tps` | a server's transactions while it is backed up |
 //! | `limits` | the bounds of backups and restores |
 //! | `nightly` | the rounds: which command runs when, and on what |
@@ -31,6 +32,7 @@
 
 mod chart;
 mod compare;
+mod growth;
 mod kernels;
 mod limits;
 mod machine;
@@ -76,6 +78,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Workload {
     Compare(Box<compare::CompareArgs>),
+    Growth(Box<growth::GrowthArgs>),
     Tps(Box<tps::TpsArgs>),
     Nightly(NightlyArgs),
     Merge(MergeArgs),
@@ -121,7 +124,7 @@ struct NightlyArgs {
 }
 
 /// Options of every workload with rounds.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 struct CommonArgs {
     /// On a busy machine: before each command, wait for so long at most until nobody else computes, and repeat rounds in
     /// which somebody did.
@@ -325,6 +328,7 @@ fn main() -> ExitCode {
 fn run(workload: Workload) -> Result<(), Error> {
     match workload {
         Workload::Compare(args) => compare::run(&args),
+        Workload::Growth(args) => growth::run(&args),
         Workload::Tps(args) => tps::run(&args),
         Workload::Nightly(args) => nightly::run(&args),
         Workload::Merge(args) => merge::run(&args),

@@ -92,6 +92,8 @@ pub struct Row {
     pub stored_bytes: Option<u64>,
     /// Transactions a second of the load beside it.
     pub tps: Option<f64>,
+    /// A name of the cluster's size, in runs with several.
+    pub size: String,
 }
 
 impl Row {
@@ -113,6 +115,12 @@ impl Row {
     /// Percent of the blocks that were to change.
     pub fn share(&self) -> Option<f64> {
         self.share_changed.parse().ok()
+    }
+
+    /// What was done, whatever the size of the cluster.
+    pub fn kind(&self) -> &str {
+        let without = self.step.strip_suffix(&self.size).filter(|_| !self.size.is_empty());
+        without.map_or(self.step.as_str(), |kind| kind.trim_end_matches(", "))
     }
 
     /// Whether it is a backup of a history of nights.
@@ -280,6 +288,8 @@ pub enum Condition {
     Nightly,
     /// With how many workers.
     Jobs,
+    /// How large the cluster was, in runs with several.
+    Size,
 }
 
 impl Condition {
@@ -295,6 +305,7 @@ impl Condition {
             Condition::Nightly => String::new(),
             Condition::Jobs if row.jobs.is_empty() => String::new(),
             Condition::Jobs => format!("{} jobs", row.jobs),
+            Condition::Size => row.size.clone(),
         }
     }
 }

@@ -1,20 +1,23 @@
 //! `tps`: what the server feels. pgbench runs against it for a fixed time, alone and with a tool at work beside it, in turns.
 //!
-//! A tool's full backups follow one another as long as pgbench runs; how many came to their end is counted. The server is as durable as
+//! A tool's full backups follow one another as long as pgbench runs; how many came to their end is counted. Incrementals of pgstrata, by each
+//! of its detectors, do so too, each of what changed since the one before, with a pause of `--pause` seconds after each. The server is as durable as
 //! one is out of the box (`fsync = on`), and pgbench, the server and the tool share the machine, as they do where a backup runs on the
 //! database host. What runs beside pgbench is meant to disturb it, so no sample counts as disturbed by others here.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use clap::Args;
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
+use testdata::cluster::succeed;
 use testdata::{Error, Result};
 
 use crate::compare::site::{Kind, Site};
 use crate::compare::tools::{self, Action, Set, Tool};
-use crate::compare::{SiteArgs, ToolArgs};
+use crate::compare::{Detector, SiteArgs, ToolArgs};
 use crate::record::Recorder;
 use crate::report::{Facts, LEGEND, Run, Spread, Step};
 use crate::scratch::{self, Caches, Scratch, Start, say};
@@ -23,6 +26,9 @@ use crate::{CommonArgs, cannot, machine};
 /// What a second pgstrata is held to.
 const MAX_RATE: &str = "50MB";
 const ALONE: &str = "pgbench alone";
+/// How long backups may take to end that were told to, and how often that is looked at.
+const ENDING: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_millis(20);
 
 /// pgbench's transactions a second, alone and beside backups by pgstrata and its peers.
 #[derive(Args, Debug)]
@@ -43,6 +49,10 @@ pub struct TpsArgs {
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
 
+    /// How long incrementals wait for each other; 0 is back to back.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1)]
+    pause: u32,
+
     /// The major version of PostgreSQL.
     #[arg(long, value_name = "MAJOR", default_value_t = 15, value_parser = clap::value_parser!(u32).range(13..=18))]
     major: u32,
@@ -54,9 +64,10 @@ pub struct TpsArgs {
     common: CommonArgs,
 }
 
-/// A tool whose full backups run beside pgbench.
+/// A tool whose backups run beside pgbench.
 struct Beside {
     tool: Box<dyn Tool>,
+    action: Action,
     way: &'static str,
     options: &'static [&'static str],
     name: String,
@@ -87,6 +98,9 @@ pub fn run(args: &TpsArgs) -> Result<()> {
                 false
             }
         });
+        // Whoever was first is last in the next round.
+        let step = besides.len().min(1);
+        besides.rotate_left(step);
         site.scratch().go_on()
     })?;
     recorder.notes.load_after = machine::load_average();
@@ -98,18 +112,27 @@ pub fn run(args: &TpsArgs) -> Result<()> {
 /// Every tool that is here, pgstrata also with its rate held down; and why others are not.
 fn besides(args: &TpsArgs, site: &Site) -> (Vec<Beside>, Vec<String>) {
     let tools::Tools { found, left_out } = tools::find(&args.tools, site, Set::Rounds);
-    let limited = tools::find(&args.tools, site, Set::Nights).found.into_iter().take(1);
-    let beside = |tool: Box<dyn Tool>, options: &'static [&'static str]| {
+    let full = |tool: Box<dyn Tool>, options| {
         let way = tool.ways(Action::Full).pop().unwrap_or_default();
-        let words = [tool.name(), way].into_iter().chain(options.iter().copied());
+        Beside::new(tool, Action::Full, way, options)
+    };
+    let ours = || tools::ours(&args.tools, site, Set::Rounds);
+    let incremental = |detector: &Detector| Beside::new(ours(), Action::Incremental, detector.name(), &[]);
+    let everybodys = found.into_iter().filter(|tool| tool.own_jobs().is_none());
+    let mut all: Vec<Beside> = everybodys.map(|tool| full(tool, &[])).collect();
+    let limited = full(ours(), &["--max-rate", MAX_RATE]);
+    all.splice(1..1, std::iter::once(limited).chain(args.tools.detect.iter().map(incremental)));
+    (all, left_out)
+}
+
+impl Beside {
+    fn new(tool: Box<dyn Tool>, action: Action, way: &'static str, options: &'static [&'static str]) -> Self {
+        let action_name = if action == Action::Incremental { "incremental" } else { "" };
+        let words = [tool.name(), action_name, way].into_iter().chain(options.iter().copied());
         let words: Vec<&str> = words.filter(|word| !word.is_empty()).collect();
         let name = format!("pgbench beside {}", words.join(" "));
-        Beside { tool, way, options, name }
-    };
-    let mut all: Vec<Beside> = found.into_iter().map(|tool| beside(tool, &[])).collect();
-    let limited: Vec<Beside> = limited.map(|tool| beside(tool, &["--max-rate", MAX_RATE])).collect();
-    all.splice(1..1, limited);
-    (all, left_out)
+        Self { tool, action, way, options, name }
+    }
 }
 
 fn measure(args: &TpsArgs, site: &Site, recorder: &mut Recorder, beside: Option<&mut Beside>) -> Result<()> {
@@ -129,7 +152,7 @@ fn measure(args: &TpsArgs, site: &Site, recorder: &mut Recorder, beside: Option<
         jobs: Some(args.tools.jobs()),
         ..Facts::default()
     };
-    let loops = beside.map(|beside| Loop::start(site, beside)).transpose()?;
+    let loops = beside.map(|beside| Loop::start(site, beside, args.pause)).transpose()?;
     let mut tps = None;
     let run = |command: &mut Command| {
         let mut usage = site.measure(command, &Start { caches: Caches::Warm(Vec::new()), memory_len: 0 })?;
@@ -151,33 +174,43 @@ fn measure(args: &TpsArgs, site: &Site, recorder: &mut Recorder, beside: Option<
     Ok(())
 }
 
-/// Full backups, one after the other, until this is dropped.
+/// Backups, one after the other, until this is dropped.
 struct Loop {
     shell: Child,
     log: PathBuf,
 }
 
-const SCRIPT: &str = "log=$1; old=$2; shift 2
+const SCRIPT: &str = "log=$1; old=$2; pause=$3; shift 3
 while :; do
     if [ -n \"$old\" ]; then rm -rf \"$old\"; fi
     \"$@\" > /dev/null 2>> \"$log.err\" || exit 1
     echo done >> \"$log\"
+    if [ \"$pause\" -gt 0 ]; then sleep \"$pause\"; fi
 done";
 
 impl Loop {
-    fn start(site: &Site, beside: &mut Beside) -> Result<Self> {
+    fn start(site: &Site, beside: &mut Beside, pause: u32) -> Result<Self> {
         let scratch = site.scratch();
         beside.tool.prepare(site)?;
-        let command = beside.tool.command(site, Action::Full, beside.way, Path::new(""))?;
+        let mut command = |action| beside.tool.command(site, action, beside.way, Path::new(""));
+        let incremental = beside.action == Action::Incremental;
+        if incremental {
+            succeed(&mut command(Action::Full)?)?;
+            // A detector that refuses does so now.
+            succeed(&mut command(Action::Incremental)?)?;
+        }
+        let command = command(beside.action)?;
+        let pause = if incremental { pause } else { 0 };
         let log = scratch.user().make_dir(scratch.work(), "beside").map(|dir| dir.join("log"));
         let log = log.unwrap_or_else(|_| scratch.path("beside").join("log"));
         let _ = std::fs::remove_file(&log);
-        let old = match ["pgstrata", "pg_basebackup"].contains(&beside.tool.name()) {
+        let old = match !incremental && ["pgstrata", "pg_basebackup"].contains(&beside.tool.name()) {
             true => beside.tool.repo().to_owned(),
             false => PathBuf::new(),
         };
         let mut shell = scratch.program("sh");
-        shell.args(["-c", SCRIPT, "sh"]).arg(&log).arg(old).arg(command.get_program());
+        shell.args(["-c", SCRIPT, "sh"]).arg(&log).arg(old).arg(pause.to_string());
+        shell.arg(command.get_program());
         shell.args(command.get_args()).args(beside.options);
         for (name, value) in command.get_envs() {
             if let Some(value) = value {
@@ -208,8 +241,13 @@ impl Drop for Loop {
         if let Some(group) = i32::try_from(self.shell.id()).ok().and_then(Pid::from_raw) {
             // It fails only if all of them have ended, which is what was wanted.
             let _ = kill_process_group(group, Signal::TERM);
+            let _ = self.shell.wait();
+            let deadline = Instant::now() + ENDING;
+            // A backup may live a little longer than the shell, and what comes next wants its repository's place.
+            while test_kill_process_group(group).is_ok() && Instant::now() < deadline {
+                std::thread::sleep(POLL);
+            }
         }
-        let _ = self.shell.wait();
     }
 }
 
@@ -229,9 +267,10 @@ fn report(args: &TpsArgs, site: &Site, recorder: &Recorder, found: &[String]) ->
     Run {
         name: common.name.clone().unwrap_or_else(|| format!("tps-{}", args.scale)),
         title: format!(
-            "{}; PostgreSQL {}; pgbench for {seconds} s by {clients} clients, alone and beside full backups in a loop",
+            "{}; PostgreSQL {}; pgbench for {seconds} s by {clients} clients, alone and beside backups in a loop; {} s between incrementals",
             site.describe(),
-            args.major
+            args.major,
+            args.pause
         ),
         command: scratch::typed(),
         settings: format!("The server's settings: {}, fsync = on", site.settings()),

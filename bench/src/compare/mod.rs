@@ -23,10 +23,10 @@
 //! | `proof` | whether what was restored is right |
 
 mod attic;
-mod churn;
+pub mod churn;
 mod mixed;
 mod proof;
-mod rounds;
+pub mod rounds;
 pub mod site;
 pub mod tools;
 
@@ -225,7 +225,7 @@ pub enum Caches {
 
 impl Caches {
     /// Whether the rounds, in turns, are cold.
-    fn turns(self) -> &'static [bool] {
+    pub fn turns(self) -> &'static [bool] {
         match self {
             Self::Warm => &[false],
             Self::Cold => &[true],
@@ -294,7 +294,7 @@ fn report(args: &CompareArgs, site: &Site, recorder: &Recorder, rounds: &Rounds)
 }
 
 /// The rows, by what they do and with what they are compared: the same step of other tools, and what bounds it.
-fn steps(samples: &[Sample]) -> Vec<Step> {
+pub fn steps(samples: &[Sample]) -> Vec<Step> {
     let order = [
         "read",
         "hash",
@@ -328,12 +328,12 @@ fn steps(samples: &[Sample]) -> Vec<Step> {
 
 fn is_beside(own: &Sample, peer: &Sample) -> bool {
     let (own, peer) = (&own.facts, &peer.facts);
-    if peer.tool == "pgstrata" || own.cache != peer.cache {
+    if peer.tool == "pgstrata" || (&own.cache, &own.size) != (&peer.cache, &peer.size) {
         return false;
     }
     let bounds: &[&str] = match own.action.as_str() {
         "full" => &["read", "compress"],
-        "incremental" => &["read", "hash"],
+        "incremental" => &["read", "hash", "server"],
         "restore-full" | "restore-last" => &["write", "copy"],
         _ => &[],
     };

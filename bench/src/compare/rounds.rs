@@ -16,6 +16,7 @@ use crate::report::{Facts, Step};
 use crate::scratch::{Caches, Start, say};
 use crate::{memory, read};
 
+const BLOCK_LEN: u64 = 8192;
 /// How much of a line of a peer's complaint is repeated.
 const COMPLAINT_LEN: usize = 240;
 
@@ -31,7 +32,34 @@ struct Player {
 #[derive(Clone, Copy)]
 struct Change {
     churn: Churn,
-    share: f64,
+    amount: Amount,
+}
+
+/// How much changes.
+#[derive(Clone, Copy)]
+enum Amount {
+    /// Of the cluster's blocks.
+    Percent(f64),
+    /// As many, however large the cluster is.
+    Blocks(u64),
+}
+
+impl Amount {
+    fn is_nothing(self) -> bool {
+        matches!(self, Self::Percent(0.0) | Self::Blocks(0))
+    }
+
+    /// As a share of a cluster of so many bytes.
+    fn percent_of(self, cluster_bytes: u64) -> f64 {
+        match self {
+            Self::Percent(percent) => percent,
+            Self::Blocks(blocks) => (blocks * BLOCK_LEN) as f64 / cluster_bytes.max(1) as f64 * 100.0,
+        }
+    }
+
+    fn asked_percent(self) -> Option<f64> {
+        if let Self::Percent(percent) = self { Some(percent) } else { None }
+    }
 }
 
 /// What a command is, besides whose.
@@ -50,6 +78,8 @@ pub struct Rounds<'a> {
     rounds: Vec<Player>,
     nights: Vec<Player>,
     attic: Attic,
+    /// In the names of steps and in samples, where there are rounds on several clusters.
+    size: String,
     /// How often the cluster was changed.
     turn: u64,
     found: Vec<String>,
@@ -64,7 +94,40 @@ impl<'a> Rounds<'a> {
         let tools = tools::find(&args.tools, site, Set::Rounds);
         tools.left_out.iter().for_each(|why| say(why));
         let (rounds, nights, attic) = (players(tools.found), Vec::new(), Attic::new(site)?);
-        Ok(Self { args, site, rounds, nights, attic, turn: 0, found: tools.left_out })
+        Ok(Self { args, site, rounds, nights, attic, size: String::new(), turn: 0, found: tools.left_out })
+    }
+
+    /// With a name for the cluster's size.
+    #[must_use]
+    pub fn of_size(self, size: String) -> Self {
+        Self { size, ..self }
+    }
+
+    /// The name of the cluster's size.
+    pub fn size(&self) -> &str {
+        &self.size
+    }
+
+    /// Takes a full backup by each tool.
+    ///
+    /// # Errors
+    /// When pgstrata fails.
+    pub fn begin(&mut self, recorder: &mut Recorder) -> Result<()> {
+        self.site.tidy()?;
+        self.each(recorder, Set::Rounds, Moment { action: Action::Full, cold: false, change: None, night: None })
+    }
+
+    /// Changes as many blocks, evenly spread; then an incremental by each tool, and what the server does for one whatever takes it.
+    ///
+    /// # Errors
+    /// When pgstrata fails.
+    pub fn increment(&mut self, recorder: &mut Recorder, blocks: u64, cold: bool) -> Result<()> {
+        let change = Change { churn: Churn::Uniform, amount: Amount::Blocks(blocks) };
+        self.change(change)?;
+        self.site.wait_for_summaries()?;
+        self.server_limit(recorder, cold)?;
+        let moment = Moment { action: Action::Incremental, cold, change: Some(change), night: None };
+        self.each(recorder, Set::Rounds, moment)
     }
 
     /// Takes a full backup and one each night, by every tool that has incrementals. They are measured as they come.
@@ -83,7 +146,7 @@ impl<'a> Rounds<'a> {
         for night in 1..=self.args.nights {
             say(&format!("night {night}"));
             recorder.round = night;
-            let change = Change { churn: self.args.churn[0], share: self.args.nightly_change };
+            let change = Change { churn: self.args.churn[0], amount: Amount::Percent(self.args.nightly_change) };
             self.change(change)?;
             let change = Some(change);
             self.each(
@@ -126,16 +189,18 @@ impl<'a> Rounds<'a> {
     fn changes(&self) -> Vec<Change> {
         let models = &self.args.churn;
         let none = self.args.change.iter().filter(|share| **share == 0.0).take(1);
-        let none = none.map(|&share| Change { churn: models[0], share });
+        let none = none.map(|&share| Change { churn: models[0], amount: Amount::Percent(share) });
         let shares = || self.args.change.iter().copied().filter(|share| *share > 0.0);
-        let some = models.iter().flat_map(|&churn| shares().map(move |share| Change { churn, share }));
+        let change = |churn, share| Change { churn, amount: Amount::Percent(share) };
+        let some = models.iter().flat_map(|&churn| shares().map(move |share| change(churn, share)));
         none.chain(some).collect()
     }
 
     fn change(&mut self, change: Change) -> Result<()> {
         self.turn += 1;
         self.site.scratch().go_on()?;
-        self.site.change(change.churn, change.share, self.turn)
+        let percent = change.amount.percent_of(self.site.bytes()?);
+        self.site.change(change.churn, percent, self.turn)
     }
 
     fn players(&mut self, set: Set) -> &mut Vec<Player> {
@@ -185,7 +250,7 @@ impl<'a> Rounds<'a> {
         if ours && (way.is_empty() || ["auto", "scan"].contains(&way)) {
             return Err(error);
         }
-        let nothing = moment.change.is_some_and(|change| change.share == 0.0);
+        let nothing = moment.change.is_some_and(|change| change.amount.is_nothing());
         match way {
             "" if nothing => {}
             "" => player.out = true,
@@ -193,7 +258,8 @@ impl<'a> Rounds<'a> {
         }
         let words = [player.tool.name(), moment.action.name(), way, if nothing { "of nothing" } else { "" }];
         let what = words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ");
-        let why = format!("{what} is left out: {}", short(&error.to_string()));
+        let work = self.site.scratch().work().display().to_string();
+        let why = format!("{what} is left out: {}", short(&error.to_string().replace(&work, "WORK")));
         if !self.found.contains(&why) {
             say(&why);
             self.found.push(why);
@@ -249,7 +315,7 @@ impl<'a> Rounds<'a> {
             action: moment.action.name().to_owned(),
             way: way.to_owned(),
             churn: moment.change.map_or_else(String::new, |change| change.churn.name().to_owned()),
-            share_changed: moment.change.map(|change| change.share),
+            share_changed: moment.change.and_then(|change| change.amount.asked_percent()),
             night: moment.night,
             jobs: jobs.or(Some(self.args.tools.jobs())),
             ..self.facts_of(moment.cold)
@@ -258,7 +324,8 @@ impl<'a> Rounds<'a> {
 
     fn facts_of(&self, cold: bool) -> Facts {
         let cache = if cold { "cold" } else { "warm" };
-        Facts { cache: cache.to_owned(), cluster: self.site.kind().name().to_owned(), ..Facts::default() }
+        let (cluster, size) = (self.site.kind().name().to_owned(), self.size.clone());
+        Facts { cache: cache.to_owned(), cluster, size, ..Facts::default() }
     }
 
     fn step(&self, set: Set, (tool, jobs): (&str, Option<u32>), moment: Moment, way: &str) -> Step {
@@ -267,13 +334,16 @@ impl<'a> Rounds<'a> {
             (Set::Nights, _, Some(_)) if !moment.action.restores() && moment.action != Action::Merge => {
                 name += ", nightly"
             }
-            (_, Some(Change { share: 0.0, .. }), _) => name += ", unchanged",
-            (_, Some(Change { churn, share }), _) => name += &format!(", {share} % {}", churn.name()),
+            (_, Some(change), _) if change.amount.is_nothing() => name += ", unchanged",
+            (_, Some(Change { churn, amount: Amount::Percent(share) }), _) => {
+                name += &format!(", {share} % {}", churn.name())
+            }
+            (_, Some(Change { amount: Amount::Blocks(blocks), .. }), _) => name += &format!(", {blocks} blocks"),
             (_, None, Some(night)) => name += &format!(", {night} nights"),
             _ => {}
         }
         let jobs = jobs.map_or_else(String::new, |jobs| format!("{jobs} jobs"));
-        for part in [way, &jobs, if moment.cold { "cold" } else { "" }] {
+        for part in [way, &jobs, if moment.cold { "cold" } else { "" }, &self.size] {
             if !part.is_empty() {
                 name += &format!(", {part}");
             }
@@ -334,6 +404,14 @@ impl<'a> Rounds<'a> {
         Ok(())
     }
 
+    /// What the server does for every backup: a checkpoint, a history file, and the waits of both.
+    fn server_limit(&mut self, recorder: &mut Recorder, cold: bool) -> Result<()> {
+        let Some(Ok(mut psql)) = self.site.server().map(|server| server.tool("psql")) else { return Ok(()) };
+        psql.args(["-X", "-q", "-o", "/dev/null", "-c", "SELECT pg_backup_start('bench', true)"]);
+        psql.args(["-c", "SELECT pg_backup_stop(false)"]);
+        self.limit(recorder, "server", cold, psql, Vec::new(), None)
+    }
+
     /// What bounds every restore, with the bytes of one.
     fn write_limits(&mut self, recorder: &mut Recorder, cold: bool) -> Result<()> {
         let (scratch, jobs) = (self.site.scratch(), self.args.tools.jobs().to_string());
@@ -361,9 +439,12 @@ impl<'a> Rounds<'a> {
             ("compress", "limit: checksum, BLAKE3, zstd 1 of all"),
             ("write", "limit: parallel write and sync"),
             ("copy", "limit: cp -a and sync"),
+            ("server", "limit: pg_backup_start and _stop"),
         ];
         let name = names.iter().find(|(of, _)| *of == action).map_or(action, |(_, name)| name);
-        let step = Step::named(format!("{name}{}", if cold { ", cold" } else { "" }), Vec::new());
+        let parts = [name, if cold { "cold" } else { "" }, &self.size];
+        let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+        let step = Step::named(parts.join(", "), Vec::new());
         let site = self.site;
         let bytes = site.bytes()?;
         let memory_len = if made.is_some() { memory::of_restore(bytes) } else { memory::of_backup(bytes) };
@@ -399,7 +480,7 @@ fn players(tools: Vec<Box<dyn Tool>>) -> Vec<Player> {
 }
 
 /// The numbers below `count`, beginning with another one in each round: whoever is first or last is somebody else each time.
-fn in_turns(count: usize, round: u32) -> Vec<usize> {
+pub fn in_turns(count: usize, round: u32) -> Vec<usize> {
     let first = round.saturating_sub(1) as usize;
     (0..count).map(|at| (first + at) % count).collect()
 }

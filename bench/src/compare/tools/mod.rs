@@ -146,7 +146,7 @@ pub struct Tools {
 
 /// The tools of this run.
 pub fn find(args: &ToolArgs, site: &Site, set: Set) -> Tools {
-    let mut found: Vec<Box<dyn Tool>> = vec![Box::new(pgstrata::Pgstrata::new(args, site, set))];
+    let mut found: Vec<Box<dyn Tool>> = vec![ours(args, site, set)];
     for &jobs in args.jobs.iter().skip(1).filter(|_| set == Set::Rounds) {
         found.push(Box::new(pgstrata::Pgstrata::with_jobs(args, site, jobs)));
     }
@@ -165,6 +165,11 @@ pub fn find(args: &ToolArgs, site: &Site, set: Set) -> Tools {
         }
     }
     Tools { found, left_out }
+}
+
+/// pgstrata alone.
+pub fn ours(args: &ToolArgs, site: &Site, set: Set) -> Box<dyn Tool> {
+    Box::new(pgstrata::Pgstrata::new(args, site, set))
 }
 
 /// A peer, or why it cannot take part.

@@ -111,6 +111,8 @@ impl Tool for Pgstrata {
         };
         match action {
             Action::Full => command.args(["--full", "--init"]),
+            // Where nobody said what the parent is, it is the newest backup.
+            Action::Incremental if self.parent.is_empty() => command.args(["--detect", way]),
             Action::Incremental => command.args(["--parent", &self.parent, "--detect", way]),
             Action::Merge => command.arg(&self.newest),
             _ => &mut command,
