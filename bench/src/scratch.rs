@@ -259,7 +259,7 @@ fn shown_options(args: impl Iterator<Item = String>) -> String {
 /// The last part of a path that begins at the root: where that is, is this machine's own affair. Other words stay as they are.
 fn name_of(word: &str) -> String {
     match Path::new(word).file_name() {
-        Some(name) if word.starts_with('/') => name.to_string_lossy().into_owned(),
+        Some(name) if word.starts_with('/') && !word.starts_with("/dev/") => name.to_string_lossy().into_owned(),
         _ => word.to_owned(),
     }
 }

@@ -15,6 +15,7 @@ use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 use testdata::cluster::succeed;
 use testdata::{Error, Result};
 
+use crate::compare::rounds::short;
 use crate::compare::site::{Kind, Site};
 use crate::compare::tools::{self, Action, Set, Tool};
 use crate::compare::{Detector, SiteArgs, ToolArgs};
@@ -92,7 +93,9 @@ pub fn run(args: &TpsArgs) -> Result<()> {
         besides.retain_mut(|beside| match measure(args, &site, recorder, Some(beside)) {
             Ok(()) => true,
             Err(error) => {
-                let why = format!("{} is left out from here on: {error}", beside.name);
+                let error = error.to_string();
+                let why =
+                    format!("{} is left out from here on: {}", beside.name, error.lines().last().unwrap_or_default());
                 say(&why);
                 found.push(why);
                 false
@@ -104,7 +107,10 @@ pub fn run(args: &TpsArgs) -> Result<()> {
         site.scratch().go_on()
     })?;
     recorder.notes.load_after = machine::load_average();
-    report(args, &site, &recorder, &found)?;
+    let peers = besides.iter().filter(|beside| !["pgstrata", "pg_basebackup"].contains(&beside.tool.name()));
+    let versions: String =
+        peers.map(|beside| format!("{:<17} {}\n", beside.tool.name(), beside.tool.version())).collect();
+    report(args, &site, &recorder, &found, &versions)?;
     drop(besides);
     site.close(args.common.keep)
 }
@@ -112,15 +118,19 @@ pub fn run(args: &TpsArgs) -> Result<()> {
 /// Every tool that is here, pgstrata also with its rate held down; and why others are not.
 fn besides(args: &TpsArgs, site: &Site) -> (Vec<Beside>, Vec<String>) {
     let tools::Tools { found, left_out } = tools::find(&args.tools, site, Set::Rounds);
-    let full = |tool: Box<dyn Tool>, options| {
-        let way = tool.ways(Action::Full).pop().unwrap_or_default();
-        Beside::new(tool, Action::Full, way, options)
-    };
+    let full = |tool, way, options| Beside::new(tool, Action::Full, way, options);
     let ours = || tools::ours(&args.tools, site, Set::Rounds);
+    let another = |way| Some(full(tools::postgres(site, Set::Nights).ok()?, way, &[]));
     let incremental = |detector: &Detector| Beside::new(ours(), Action::Incremental, detector.name(), &[]);
-    let everybodys = found.into_iter().filter(|tool| tool.own_jobs().is_none());
-    let mut all: Vec<Beside> = everybodys.map(|tool| full(tool, &[])).collect();
-    let limited = full(ours(), &["--max-rate", MAX_RATE]);
+    let mut all = Vec::new();
+    for tool in found.into_iter().filter(|tool| tool.own_jobs().is_none()) {
+        // Servers without zstd refuse one of pg_basebackup's ways.
+        let others: Vec<Beside> = tool.ways(Action::Full).into_iter().skip(1).filter_map(another).collect();
+        let way = tool.ways(Action::Full).first().copied().unwrap_or_default();
+        all.push(full(tool, way, &[]));
+        all.extend(others);
+    }
+    let limited = full(ours(), "", &["--max-rate", MAX_RATE]);
     all.splice(1..1, std::iter::once(limited).chain(args.tools.detect.iter().map(incremental)));
     (all, left_out)
 }
@@ -153,6 +163,9 @@ fn measure(args: &TpsArgs, site: &Site, recorder: &mut Recorder, beside: Option<
         ..Facts::default()
     };
     let loops = beside.map(|beside| Loop::start(site, beside, args.pause)).transpose()?;
+    if let Some(loops) = loops.as_ref().filter(|_| recorder.round == 1) {
+        recorder.notes.commands.push(format!("{}  # in a loop beside", loops.shown));
+    }
     let mut tps = None;
     let run = |command: &mut Command| {
         let mut usage = site.measure(command, &Start { caches: Caches::Warm(Vec::new()), memory_len: 0 })?;
@@ -161,16 +174,19 @@ fn measure(args: &TpsArgs, site: &Site, recorder: &mut Recorder, beside: Option<
         usage.others = 0.0;
         Ok(usage)
     };
-    let done =
-        recorder
-            .measure(Step::named(name.clone(), Vec::new()), site.scratch(), site.bytes()?, pgbench, run, || Ok(0))?;
-    let count = loops.map(Loop::count).transpose()?;
-    let tps = tps.ok_or_else(|| Error::new("pgbench printed no tps"))?;
+    recorder.measure(Step::named(name.clone(), Vec::new()), site.scratch(), site.bytes()?, pgbench, run, || Ok(0))?;
+    let count = loops.map(|loops| loops.count(site)).transpose();
+    let (Ok(count), Some(tps)) = (&count, tps) else {
+        recorder.samples.pop();
+        return count.map(drop).and(Err(Error::new("pgbench printed no tps")));
+    };
     say(&format!(
         "  {name}: {tps:.0} tps{}",
         count.map_or_else(String::new, |count| format!(", {count} backups done"))
     ));
-    done.sample.facts = Facts { tps: Some(tps), ..facts };
+    if let Some(sample) = recorder.samples.last_mut() {
+        sample.facts = Facts { tps: Some(tps), ..facts };
+    }
     Ok(())
 }
 
@@ -178,12 +194,14 @@ fn measure(args: &TpsArgs, site: &Site, recorder: &mut Recorder, beside: Option<
 struct Loop {
     shell: Child,
     log: PathBuf,
+    /// The backup's command, for people.
+    shown: String,
 }
 
-const SCRIPT: &str = "log=$1; old=$2; pause=$3; shift 3
+const SCRIPT: &str = "log=$1; err=$2; old=$3; pause=$4; shift 4
 while :; do
     if [ -n \"$old\" ]; then rm -rf \"$old\"; fi
-    \"$@\" > /dev/null 2>> \"$log.err\" || exit 1
+    \"$@\" > /dev/null 2>> \"$err\" || exit 1
     echo done >> \"$log\"
     if [ \"$pause\" -gt 0 ]; then sleep \"$pause\"; fi
 done";
@@ -201,15 +219,20 @@ impl Loop {
         }
         let command = command(beside.action)?;
         let pause = if incremental { pause } else { 0 };
+        let options = beside.options.iter().map(|option| format!(" {option}")).collect::<String>();
+        let shown = scratch.shown(&command) + &options;
         let log = scratch.user().make_dir(scratch.work(), "beside").map(|dir| dir.join("log"));
         let log = log.unwrap_or_else(|_| scratch.path("beside").join("log"));
-        let _ = std::fs::remove_file(&log);
+        let err = log.with_extension("err");
+        for path in [&log, &err] {
+            let _ = std::fs::remove_file(path);
+        }
         let old = match !incremental && ["pgstrata", "pg_basebackup"].contains(&beside.tool.name()) {
             true => beside.tool.repo().to_owned(),
             false => PathBuf::new(),
         };
         let mut shell = scratch.program("sh");
-        shell.args(["-c", SCRIPT, "sh"]).arg(&log).arg(old).arg(pause.to_string());
+        shell.args(["-c", SCRIPT, "sh"]).arg(&log).arg(err).arg(old).arg(pause.to_string());
         shell.arg(command.get_program());
         shell.args(command.get_args()).args(beside.options);
         for (name, value) in command.get_envs() {
@@ -219,18 +242,19 @@ impl Loop {
         }
         shell.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
         let shell = shell.spawn().map_err(|e| cannot("run", Path::new("sh"), e))?;
-        Ok(Self { shell, log })
+        Ok(Self { shell, log, shown })
     }
 
     /// Ends it, and says how many backups were done.
-    fn count(mut self) -> Result<usize> {
+    fn count(mut self, site: &Site) -> Result<usize> {
         let ended = self.shell.try_wait().ok().flatten();
         let done = std::fs::read_to_string(&self.log).unwrap_or_default().lines().count();
         match ended {
             None => Ok(done),
             Some(status) => {
                 let complaint = std::fs::read_to_string(self.log.with_extension("err")).unwrap_or_default();
-                Err(Error::new(format!("a backup failed ({status}): {}", complaint.trim())))
+                let work = site.scratch().work().display().to_string();
+                Err(Error::new(format!("a backup failed ({status}): {}", short(&complaint.replace(&work, "WORK")))))
             }
         }
     }
@@ -256,7 +280,7 @@ fn tps_in(printed: &str) -> Option<f64> {
     printed.lines().find_map(|line| line.strip_prefix("tps = ")?.split(' ').next()?.parse().ok())
 }
 
-fn report(args: &TpsArgs, site: &Site, recorder: &Recorder, found: &[String]) -> Result<()> {
+fn report(args: &TpsArgs, site: &Site, recorder: &Recorder, found: &[String], peers: &str) -> Result<()> {
     let mut steps: Vec<Step> = Vec::new();
     for sample in &recorder.samples {
         if !steps.contains(&sample.step) {
@@ -280,7 +304,7 @@ fn report(args: &TpsArgs, site: &Site, recorder: &Recorder, found: &[String]) ->
         steps: &steps,
         recorder,
         scratch: site.scratch(),
-        versions: machine::versions(site.server()),
+        versions: machine::versions(site.server()) + peers,
     }
     .write()
 }

@@ -407,7 +407,7 @@ impl<'a> Rounds<'a> {
     /// What the server does for every backup: a checkpoint, a history file, and the waits of both.
     fn server_limit(&mut self, recorder: &mut Recorder, cold: bool) -> Result<()> {
         let Some(Ok(mut psql)) = self.site.server().map(|server| server.tool("psql")) else { return Ok(()) };
-        psql.args(["-X", "-q", "-o", "/dev/null", "-c", "SELECT pg_backup_start('bench', true)"]);
+        psql.args(["-X", "-q", "-o", "/dev/null", "-c", "SELECT pg_backup_start($$bench$$, true)"]);
         psql.args(["-c", "SELECT pg_backup_stop(false)"]);
         self.limit(recorder, "server", cold, psql, Vec::new(), None)
     }
@@ -492,7 +492,7 @@ fn copied_len(copy: &Path) -> Result<u64> {
 }
 
 /// The beginning of a complaint and its last line, where there are many.
-fn short(complaint: &str) -> String {
+pub fn short(complaint: &str) -> String {
     let cut = |line: &str| line.chars().take(COMPLAINT_LEN).collect::<String>();
     let lines: Vec<&str> = complaint.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     match lines.as_slice() {

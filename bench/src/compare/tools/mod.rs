@@ -172,6 +172,14 @@ pub fn ours(args: &ToolArgs, site: &Site, set: Set) -> Box<dyn Tool> {
     Box::new(pgstrata::Pgstrata::new(args, site, set))
 }
 
+/// PostgreSQL's own tools alone.
+///
+/// # Errors
+/// When they are not here.
+pub fn postgres(site: &Site, set: Set) -> std::result::Result<Box<dyn Tool>, String> {
+    postgres::find(site, set)
+}
+
 /// A peer, or why it cannot take part.
 type Found = std::result::Result<Box<dyn Tool>, String>;
 
