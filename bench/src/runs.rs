@@ -333,7 +333,8 @@ impl Namer {
 
     /// `name`, with the conditions of `row`.
     pub fn name(&self, name: &str, row: &Row) -> String {
-        let conditions = self.told.iter().map(|condition| condition.of(row)).filter(|text| !text.is_empty());
+        let is_news = |text: &String| !text.is_empty() && !name.split(", ").any(|part| part == text);
+        let conditions = self.told.iter().map(|condition| condition.of(row)).filter(is_news);
         [name.to_owned()].into_iter().chain(conditions).collect::<Vec<_>>().join(", ")
     }
 }
@@ -418,6 +419,14 @@ mod tests {
         let namer = Namer::of(&rows, &[Condition::Cluster, Condition::Cache]);
         let names: Vec<String> = rows.iter().map(|row| namer.name(&row.step, row)).collect();
         assert_eq!(names, ["a, warm", "b, cold", "c"]);
+        let jobs = Namer::of(&rows, &[Condition::Jobs]);
+        assert_eq!([jobs.name("a", &rows[1]), jobs.name("a, 2 jobs", &rows[1])], ["a, 2 jobs"; 2]);
+    }
+
+    #[test]
+    fn a_kind_is_a_step_on_whatever_size() {
+        let rows = parse("step,size\n\"a, cold, 1.0 GB\",1.0 GB\n\"a, cold\",\n").unwrap();
+        assert_eq!((rows[0].kind(), rows[1].kind()), ("a, cold", "a, cold"));
     }
 
     #[test]
