@@ -9,6 +9,7 @@
 //! | file | what it knows |
 //! |---|---|
 //! | `compare` | the tools, the clusters, what changes in them, and the rounds |
+//! | `growth` | what an incremental of the same changes costs on clusters of several sizes |
 //! | `tps` | a server's transactions while it is backed up |
 //! | `limits` | the bounds of backups and restores |
 //! | `nightly` | the rounds: which command runs when, and on what |
@@ -18,6 +19,7 @@
 //! | `stage` | the cluster and its server |
 //! | `scratch` | the scratch directory, the same start for all commands, and the end |
 //! | `measure` | one command as a process: time, processor time, memory |
+//! | `memory` | what is touched before each command |
 //! | `record` | rounds and their samples |
 //! | `report` | samples to tables and files |
 //! | `machine` | what it ran on |
@@ -30,10 +32,12 @@
 
 mod chart;
 mod compare;
+mod growth;
 mod kernels;
 mod limits;
 mod machine;
 mod measure;
+mod memory;
 mod merge;
 mod metadata;
 mod nightly;
@@ -74,6 +78,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Workload {
     Compare(Box<compare::CompareArgs>),
+    Growth(Box<growth::GrowthArgs>),
     Tps(Box<tps::TpsArgs>),
     Nightly(NightlyArgs),
     Merge(MergeArgs),
@@ -82,6 +87,7 @@ enum Workload {
     Kernels(KernelArgs),
     Limit(limits::LimitArgs),
     Read(ReadArgs),
+    Touch(memory::TouchArgs),
     Torture(TortureArgs),
     Report(ReportArgs),
 }
@@ -118,12 +124,16 @@ struct NightlyArgs {
 }
 
 /// Options of every workload with rounds.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 struct CommonArgs {
     /// On a busy machine: before each command, wait for so long at most until nobody else computes, and repeat rounds in
     /// which somebody did.
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     patience: u64,
+
+    /// Leave out what makes virtual machines fair: touching as much memory as a command may need before it starts.
+    #[arg(long)]
+    no_warm_memory: bool,
 
     /// Keep the scratch directory.
     #[arg(long)]
@@ -139,9 +149,19 @@ struct CommonArgs {
 }
 
 impl CommonArgs {
-    /// The option as it was given, for whoever wants to do the same.
-    fn shown_patience(&self) -> String {
-        if self.patience > 0 { format!(" --patience {}", self.patience) } else { String::new() }
+    /// The options as they were given, for whoever wants to do the same.
+    fn shown(&self) -> String {
+        let patience = if self.patience > 0 { format!(" --patience {}", self.patience) } else { String::new() };
+        patience + if self.no_warm_memory { " --no-warm-memory" } else { "" }
+    }
+
+    /// What happens last before each command, for whoever reads the results.
+    fn shown_memory(&self) -> &'static str {
+        if self.no_warm_memory {
+            ""
+        } else {
+            "Right before each, as much memory as it may need is touched and freed.\n"
+        }
     }
 }
 
@@ -308,6 +328,7 @@ fn main() -> ExitCode {
 fn run(workload: Workload) -> Result<(), Error> {
     match workload {
         Workload::Compare(args) => compare::run(&args),
+        Workload::Growth(args) => growth::run(&args),
         Workload::Tps(args) => tps::run(&args),
         Workload::Nightly(args) => nightly::run(&args),
         Workload::Merge(args) => merge::run(&args),
@@ -319,6 +340,7 @@ fn run(workload: Workload) -> Result<(), Error> {
         Workload::Torture(args) => torture::run(&args),
         Workload::Limit(args) => limits::run(&args),
         Workload::Read(args) => read::run(&args.data_dir, args.jobs),
+        Workload::Touch(args) => memory::run(&args),
         Workload::Report(args) => {
             page::write(&args.runs, args.out.as_deref()).map(|path| println!("written to {}", path.display()))
         }

@@ -10,6 +10,8 @@
 //!     cp -a of a combined directory, and sync                the bound of all that write a cluster
 //! ```
 //!
+//! In every other round `pg_combinebackup` comes before pgstrata.
+//!
 //! Both histories are of the same nights. So in the first round what was made of them is compared: the relation files of the restored merged
 //! backup and of the combined one are those of the cluster, byte for byte, and a server on the restored one has its rows.
 //!
@@ -27,7 +29,7 @@ use crate::record::{Measured, Recorder};
 use crate::report::{LEGEND, Run, Step, changed};
 use crate::scratch::{Scratch, say};
 use crate::stage::{Scene, Stage};
-use crate::{MergeArgs, machine, read};
+use crate::{MergeArgs, machine, memory, read};
 
 const MAJOR: u32 = 18;
 /// Without summaries there is no incremental `pg_basebackup`; and more WAL than of a night is only in the way.
@@ -177,9 +179,9 @@ impl Month<'_> {
         command: Command,
         written: impl FnOnce() -> Result<u64>,
     ) -> Result<Measured<'r>> {
-        let (scratch, server) = (self.stage.scratch(), self.stage.cluster().pid());
-        let run = |command: &mut Command| scratch.measure_at_once(command, server);
-        recorder.measure(step, scratch, self.stage.bytes()?, command, run, written)
+        let (scratch, server, bytes) = (self.stage.scratch(), self.stage.cluster().pid(), self.stage.bytes()?);
+        let run = |command: &mut Command| scratch.measure_at_once(command, server, memory::of_backup(bytes));
+        recorder.measure(step, scratch, bytes, command, run, written)
     }
 
     fn measure<'r>(
@@ -189,11 +191,20 @@ impl Month<'_> {
         command: Command,
         written: impl FnOnce() -> Result<u64>,
     ) -> Result<Measured<'r>> {
-        let stage = self.stage;
-        recorder.measure(step, stage.scratch(), stage.bytes()?, command, |command| stage.measure(command), written)
+        let (stage, bytes) = (self.stage, self.stage.bytes()?);
+        let run = |command: &mut Command| stage.measure(command, memory::of_restore(bytes));
+        recorder.measure(step, stage.scratch(), bytes, command, run, written)
     }
 
     fn play(&mut self, recorder: &mut Recorder) -> Result<()> {
+        match recorder.round % 2 {
+            1 => self.play_ours(recorder).and_then(|()| self.play_theirs(recorder))?,
+            _ => self.play_theirs(recorder).and_then(|()| self.play_ours(recorder))?,
+        }
+        if recorder.round == 1 { self.rows_must_be_the_clusters() } else { Ok(()) }
+    }
+
+    fn play_ours(&mut self, recorder: &mut Recorder) -> Result<()> {
         let first = recorder.round == 1;
         let merged = self.merge(recorder, MERGE, &[])?;
         self.restore(recorder, RESTORE_MERGED, &merged)?;
@@ -206,7 +217,11 @@ impl Month<'_> {
         self.restore(recorder, RESTORE_REPACKED, &repacked)?;
         self.remove(&repacked)?;
         self.restore(recorder, RESTORE_LAST, &self.last)?;
-        self.stage.scratch().clear("restored")?;
+        self.stage.scratch().clear("restored")
+    }
+
+    fn play_theirs(&mut self, recorder: &mut Recorder) -> Result<()> {
+        let first = recorder.round == 1;
         for (step, options) in COMBINATIONS {
             self.combine(recorder, step, options)?;
             if step == COMBINE && first {
@@ -216,9 +231,6 @@ impl Month<'_> {
                 self.copy(recorder)?;
             }
             self.stage.scratch().clear("combined")?;
-        }
-        if first {
-            self.rows_must_be_the_clusters()?;
         }
         Ok(())
     }
@@ -332,13 +344,14 @@ impl Month<'_> {
             ),
             command: format!(
                 "merge --scale {scale} --nights {nights} --runs {runs} --jobs {jobs}{}",
-                common.shown_patience()
+                common.shown()
             ),
             settings: format!(
                 "The server's settings: {}\n\nThe commands of the first night and of the first round; WORK is the scratch \
                  directory. Before each of a round:\nCHECKPOINT, syncfs, the repository and the chain read once. Between the \
-                 rounds' commands what they made is removed.",
-                self.stage.settings()
+                 rounds' commands what they made is removed.\n{}",
+                self.stage.settings(),
+                common.shown_memory()
             ),
             legend: LEGEND,
             found,

@@ -105,7 +105,7 @@ impl Simulation<'_> {
         let (scratch, repo) = (self.scratch, self.scratch.path("repo"));
         let metadata_len = || if repo.exists() { map_len(&repo) } else { Ok(0) };
         let before = metadata_len()?;
-        let run = |command: &mut Command| scratch.measure(command, None);
+        let run = |command: &mut Command| scratch.measure(command, None, 0);
         let written = || Ok(metadata_len()?.saturating_sub(before));
         recorder.measure(step, scratch, self.blocks() * BLOCK_LEN, command, run, written)
     }
@@ -172,7 +172,7 @@ impl Simulation<'_> {
             ),
             command: format!(
                 "metadata --terabytes {terabytes} --files {files} --one-in {one_in} --nights {nights} --runs {runs} --jobs {jobs}{}",
-                common.shown_patience()
+                common.shown()
             ),
             settings: "The commands; WORK is the scratch directory. Before each: syncfs.".to_owned(),
             legend: LEGEND,

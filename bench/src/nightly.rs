@@ -9,7 +9,8 @@
 //! ```
 //!
 //! The rounds are repeated rather than the commands, so that whatever drifts (heat, neighbours, the disk) drifts for all
-//! alike. Before each command a checkpoint is made, and what waits to be written is written.
+//! alike. In every other round the peers come before pgstrata, where a step does not need what another left. Before each command a checkpoint
+//! is made, what waits to be written is written, and the memory that it may need is touched.
 //!
 //! How 1 % is chosen: an update of one row dirties its heap page and, as pgbench's pages are full and the new version
 //! goes elsewhere, the leaf of the primary key that points to it. So as many rows are updated as half a percent of the
@@ -23,7 +24,7 @@ use crate::record::{Measured, Recorder};
 use crate::report::{LEGEND, Run, Step, changed};
 use crate::scratch::{Scratch, must_drop_caches};
 use crate::stage::{Scene, Stage};
-use crate::{NightlyArgs, cannot, machine, read};
+use crate::{NightlyArgs, cannot, machine, memory, read};
 
 /// Rows of `pgbench_accounts` for each unit of scale.
 const ROWS: u64 = 100_000;
@@ -94,12 +95,13 @@ fn report(
         ),
         command: format!(
             "nightly --scale {scale} --runs {runs} --major {major} --jobs {jobs} --compress {compress}{cold}{}",
-            common.shown_patience()
+            common.shown()
         ),
         settings: format!(
             "The server's settings: {}\n\nThe commands of the first round; WORK is the scratch directory. Before each: \
-             CHECKPOINT, syncfs, all files read once.",
-            stage.settings()
+             CHECKPOINT, syncfs, all files read once.\n{}",
+            stage.settings(),
+            common.shown_memory()
         ),
         legend: LEGEND,
         found,
@@ -121,14 +123,25 @@ struct Night<'a> {
 
 impl Night<'_> {
     fn play(&mut self) -> Result<()> {
+        let peers_first = self.recorder.round.is_multiple_of(2);
         self.read_all()?;
         self.stage.scratch().clear("repo")?;
+        if peers_first {
+            self.basebackup(BASEBACKUP_PLAIN, &["-Fp"])?;
+        }
         let full = self.backup(FULL, &["--full", "--init"])?;
         self.backup(UNCHANGED, &[])?;
-        self.basebackup(BASEBACKUP_PLAIN, &["-Fp"])?;
+        if !peers_first {
+            self.basebackup(BASEBACKUP_PLAIN, &["-Fp"])?;
+        }
         self.change()?;
+        if peers_first {
+            self.basebackup_tar()?;
+        }
         self.backup(CHANGED, &[])?;
-        self.basebackup_tar()?;
+        if !peers_first {
+            self.basebackup_tar()?;
+        }
         self.verify()?;
         self.restore(RESTORE_FULL, &full)?;
         self.copy()?;
@@ -137,8 +150,11 @@ impl Night<'_> {
 
     /// Measures a command; `written` says afterwards how many bytes it left.
     fn measure(&mut self, step: Step, command: Command, written: impl FnOnce() -> Result<u64>) -> Result<Measured<'_>> {
-        let stage = self.stage;
-        self.recorder.measure(step, stage.scratch(), stage.bytes()?, command, |command| stage.measure(command), written)
+        let (stage, bytes) = (self.stage, self.stage.bytes()?);
+        let copies = [RESTORE_FULL, RESTORE_LAST, COPY].contains(&step);
+        let memory_len = if copies { memory::of_restore(bytes) } else { memory::of_backup(bytes) };
+        let run = |command: &mut Command| stage.measure(command, memory_len);
+        self.recorder.measure(step, stage.scratch(), bytes, command, run, written)
     }
 
     fn read_all(&mut self) -> Result<()> {
@@ -243,6 +259,6 @@ fn kernels(stage: &Stage) -> Result<String> {
     let path = stage.cluster().query_value("postgres", "SELECT pg_relation_filepath('pgbench_accounts')")?;
     let path = stage.data_dir().join(path);
     let mut command = stage.scratch().this_program();
-    let usage = stage.measure(command.arg("kernels").arg("--pages").arg(&path));
+    let usage = stage.measure(command.arg("kernels").arg("--pages").arg(&path), 0);
     usage.map(|usage| usage.output).map_err(|e| cannot("time the kernels on", &path, e))
 }

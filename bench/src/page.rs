@@ -33,7 +33,7 @@ const SAME_SIZE: f64 = 0.05;
 /// What is done, in the page's order: the word in the samples, what the page calls it, and the bounds that belong to it.
 const ACTIONS: [(&str, &str, &[&str]); 6] = [
     ("full", "Full backup", &["read", "compress"]),
-    ("incremental", "Incremental backup", &["read"]),
+    ("incremental", "Incremental backup", &["read", "hash", "server"]),
     ("merge", "Merge", &[]),
     ("restore-full", "Restore of the full backup", &["copy", "write"]),
     ("restore-last", "Restore of the last backup", &["copy", "write"]),
@@ -44,8 +44,11 @@ const STORING: [&str; 3] = ["full", "incremental", "merge"];
 const TPS: &str = "tps";
 /// What the page calls all else.
 const OTHERS: &str = "Others";
-/// What is the same for all in a panel or a chart.
-const SAME: [Condition; 5] =
+/// What is the same for all in a panel.
+const SAME: [Condition; 6] =
+    [Condition::Nightly, Condition::Share, Condition::Churn, Condition::Cluster, Condition::Cache, Condition::Size];
+/// What is the same for all in a chart over the sizes.
+const SAME_BUT_SIZE: [Condition; 5] =
     [Condition::Nightly, Condition::Share, Condition::Churn, Condition::Cluster, Condition::Cache];
 /// The same, where the share that changed is told otherwise.
 const SAME_BUT_SHARE: [Condition; 3] = [Condition::Churn, Condition::Cluster, Condition::Cache];
@@ -139,24 +142,27 @@ struct Panel<'a> {
 
 fn panels(run: &Run) -> Vec<Panel<'_>> {
     let titles = Namer::of(&run.rows, &SAME);
-    beside_each_other(&run.rows.iter().collect::<Vec<_>>())
+    beside_each_other(&run.rows.iter().collect::<Vec<_>>(), &SAME)
         .into_iter()
         .map(|(action, beside)| Panel::new(&titles, action, beside))
         .collect()
 }
 
 /// Puts together who did the same under the same conditions, and adds the bounds on the same cluster with the same caches.
-fn beside_each_other<'a>(rows: &[&'a Row]) -> Vec<(&'static str, Group<'a>)> {
+fn beside_each_other<'a>(rows: &[&'a Row], conditions: &[Condition]) -> Vec<(&'static str, Group<'a>)> {
     let is_other = |row: &Row| row.action != TPS && !ACTIONS.iter().any(|(action, ..)| *action == row.action);
     let mut all = Vec::new();
     for (action, title, bounds) in ACTIONS.into_iter().chain([("", OTHERS, &[][..])]) {
         let belongs = |row: &Row| row.action == action || action.is_empty() && is_other(row);
         let own = rows.iter().copied().filter(|row| row.tool != LIMIT && belongs(row));
-        let mut alike = by_conditions(own, &SAME);
+        let mut alike = by_conditions(own, conditions);
         alike.sort_by_key(|group| group.first().is_nightly());
         for mut beside in alike {
             let (cluster, cache) = (&beside.first().cluster, &beside.first().cache);
-            let fits = |row: &Row| row.cluster == *cluster && [cache.as_str(), ""].contains(&row.cache.as_str());
+            let size = conditions.contains(&Condition::Size).then_some(&beside.first().size);
+            let sized = |row: &Row| size.is_none_or(|size| row.size == *size);
+            let fits =
+                |row: &Row| sized(row) && row.cluster == *cluster && [cache.as_str(), ""].contains(&row.cache.as_str());
             let bounding = |row: &&&Row| row.tool == LIMIT && bounds.contains(&row.action.as_str()) && fits(row);
             beside.rows.extend(rows.iter().filter(bounding));
             all.push((title, beside));
@@ -284,15 +290,15 @@ fn lines_of<'a>(
 /// Cost against the cluster's size.
 fn by_size(runs: &[Run]) -> Result<Markup> {
     let rows: Vec<&Row> = runs.iter().flat_map(|run| &run.rows).collect();
-    let titles = Namer::of(rows.iter().copied(), &SAME);
+    let titles = Namer::of(rows.iter().copied(), &SAME_BUT_SIZE);
     let names = Namer::of(rows.iter().copied(), &[Condition::Jobs]);
     let size = |row: &Row| Some(row.cluster_bytes as f64 / GB);
     let are_one = |one: f64, other: f64| (one - other).abs() <= SAME_SIZE * one;
     let axes = (("cluster, GB", Scale::Logarithmic), ("wall time, s", Scale::Logarithmic));
     let mut charts = Vec::new();
-    for (action, beside) in beside_each_other(&rows) {
+    for (action, beside) in beside_each_other(&rows, &SAME_BUT_SIZE) {
         let title = titles.name(action, beside.first());
-        let lines = lines_of(beside.rows, |row| names.name(&row.step, row), size, |row| row.wall_s, are_one);
+        let lines = lines_of(beside.rows, |row| names.name(row.kind(), row), size, |row| row.wall_s, are_one);
         if lines.iter().any(|line| line.tool != LIMIT) {
             charts.push((title, chart::lines(axes.0, axes.1, &lines)?));
         }

@@ -105,19 +105,22 @@ pub struct Facts {
     pub stored_bytes: Option<u64>,
     /// Transactions a second of the load that ran beside it.
     pub tps: Option<f64>,
+    /// A name of the cluster's size, in runs with several; the step's name ends with it.
+    pub size: String,
 }
 
 impl Facts {
-    const COLUMNS: &str = "tool,action,way,cache,cluster,churn,share_changed,night,jobs,stored_bytes,tps";
+    const COLUMNS: &str = "tool,action,way,cache,cluster,churn,share_changed,night,jobs,stored_bytes,tps,size";
 
     fn fields(&self) -> String {
         fn shown<T: ToString>(value: Option<T>) -> String {
             value.map_or_else(String::new, |value| value.to_string())
         }
-        let Self { tool, action, way, cache, cluster, churn, share_changed, night, jobs, stored_bytes, tps } = self;
+        let Self { tool, action, way, cache, cluster, churn, share_changed, night, jobs, stored_bytes, tps, size } =
+            self;
         let (share, night, jobs) = (shown(*share_changed), shown(*night), shown(*jobs));
         let (stored, tps) = (shown(*stored_bytes), shown(*tps));
-        format!("{tool},{action},{way},{cache},{cluster},{churn},{share},{night},{jobs},{stored},{tps}")
+        format!("{tool},{action},{way},{cache},{cluster},{churn},{share},{night},{jobs},{stored},{tps},{size}")
     }
 }
 
@@ -455,8 +458,8 @@ mod tests {
     fn every_sample_is_a_line() {
         let text = csv(&[sample(CHANGED, 3, 4)]);
         let line = "\"pgstrata incremental, 1 % changed\",3,4.000000,0.000000,0.000000,0.00,0.000,0,8192000,5,10,0.1,8,0,0,\
-                    pgstrata,,,,,,0.1,,,,";
+                    pgstrata,,,,,,0.1,,,,,";
         assert_eq!(text.lines().nth(1), Some(line));
-        assert_eq!(text.lines().next().unwrap().split(',').count(), 26);
+        assert_eq!(text.lines().next().unwrap().split(',').count(), 27);
     }
 }

@@ -92,6 +92,8 @@ pub struct Row {
     pub stored_bytes: Option<u64>,
     /// Transactions a second of the load beside it.
     pub tps: Option<f64>,
+    /// A name of the cluster's size, in runs with several.
+    pub size: String,
 }
 
 impl Row {
@@ -113,6 +115,12 @@ impl Row {
     /// Percent of the blocks that were to change.
     pub fn share(&self) -> Option<f64> {
         self.share_changed.parse().ok()
+    }
+
+    /// What was done, whatever the size of the cluster.
+    pub fn kind(&self) -> &str {
+        let without = self.step.strip_suffix(&self.size).filter(|_| !self.size.is_empty());
+        without.map_or(self.step.as_str(), |kind| kind.trim_end_matches(", "))
     }
 
     /// Whether it is a backup of a history of nights.
@@ -280,6 +288,8 @@ pub enum Condition {
     Nightly,
     /// With how many workers.
     Jobs,
+    /// How large the cluster was, in runs with several.
+    Size,
 }
 
 impl Condition {
@@ -295,6 +305,7 @@ impl Condition {
             Condition::Nightly => String::new(),
             Condition::Jobs if row.jobs.is_empty() => String::new(),
             Condition::Jobs => format!("{} jobs", row.jobs),
+            Condition::Size => row.size.clone(),
         }
     }
 }
@@ -322,7 +333,8 @@ impl Namer {
 
     /// `name`, with the conditions of `row`.
     pub fn name(&self, name: &str, row: &Row) -> String {
-        let conditions = self.told.iter().map(|condition| condition.of(row)).filter(|text| !text.is_empty());
+        let is_news = |text: &String| !text.is_empty() && !name.split(", ").any(|part| part == text);
+        let conditions = self.told.iter().map(|condition| condition.of(row)).filter(is_news);
         [name.to_owned()].into_iter().chain(conditions).collect::<Vec<_>>().join(", ")
     }
 }
@@ -407,6 +419,14 @@ mod tests {
         let namer = Namer::of(&rows, &[Condition::Cluster, Condition::Cache]);
         let names: Vec<String> = rows.iter().map(|row| namer.name(&row.step, row)).collect();
         assert_eq!(names, ["a, warm", "b, cold", "c"]);
+        let jobs = Namer::of(&rows, &[Condition::Jobs]);
+        assert_eq!([jobs.name("a", &rows[1]), jobs.name("a, 2 jobs", &rows[1])], ["a, 2 jobs"; 2]);
+    }
+
+    #[test]
+    fn a_kind_is_a_step_on_whatever_size() {
+        let rows = parse("step,size\n\"a, cold, 1.0 GB\",1.0 GB\n\"a, cold\",\n").unwrap();
+        assert_eq!((rows[0].kind(), rows[1].kind()), ("a, cold", "a, cold"));
     }
 
     #[test]

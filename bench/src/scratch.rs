@@ -18,15 +18,25 @@ use testdata::os_user::ServerUser;
 use testdata::{Error, Result};
 
 use crate::measure::{self, Usage};
-use crate::{CommonArgs, cannot};
+use crate::{CommonArgs, cannot, memory};
 
 const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 /// Of all processors' time: less is nobody.
 const QUIET: f64 = 0.1;
 const QUIET_PERIOD: Duration = Duration::from_secs(2);
+/// How often somebody who waits looks whether to go on.
+const POLL: Duration = Duration::from_millis(100);
+
+/// How things are when a command starts.
+pub struct Start {
+    /// What the kernel's caches hold.
+    pub caches: Caches,
+    /// Bytes of memory that the command may need, by [`memory`].
+    pub memory_len: u64,
+}
 
 /// What the kernel's caches hold when a command starts.
-pub enum Start {
+pub enum Caches {
     /// Nothing.
     Cold,
     /// These directories.
@@ -40,6 +50,7 @@ pub struct Scratch {
     interrupted: Arc<AtomicBool>,
     cold: bool,
     patience: Duration,
+    warm_memory: bool,
     /// Directories in it that are read once before each command.
     warm: &'static [&'static str],
     handle: File,
@@ -66,7 +77,8 @@ impl Scratch {
         fs::copy(&built, &pgstrata).map_err(|e| cannot("copy", &built, e))?;
         let handle = File::open(work.path()).map_err(|e| cannot("open", work.path(), e))?;
         let patience = Duration::from_secs(args.patience);
-        Ok(Self { user, pgstrata, interrupted, cold, patience, warm, handle, work })
+        let warm_memory = !args.no_warm_memory;
+        Ok(Self { user, pgstrata, interrupted, cold, patience, warm_memory, warm, handle, work })
     }
 
     /// Who runs servers and commands.
@@ -106,49 +118,87 @@ impl Scratch {
         self.program("/proc/self/exe")
     }
 
-    /// Runs one command with the same start for all: nothing waiting to be written, caches as asked, and nobody else at work, if
-    /// there is time to wait for that.
+    /// Runs one command with the same start for all: nothing waiting to be written, caches as asked, memory that is there, and nobody
+    /// else at work, if there is time to wait for that.
     ///
     /// # Errors
     /// When it fails, or we were asked to end.
-    pub fn measure(&self, command: &mut Command, server_pid: Option<u32>) -> Result<Usage> {
-        let start = match self.cold {
-            true => Start::Cold,
-            false => Start::Warm(self.warm.iter().map(|name| self.path(name)).collect()),
+    pub fn measure(&self, command: &mut Command, server_pid: Option<u32>, memory_len: u64) -> Result<Usage> {
+        let caches = match self.cold {
+            true => Caches::Cold,
+            false => Caches::Warm(self.warm.iter().map(|name| self.path(name)).collect()),
         };
-        self.measure_from(command, server_pid, &start)
+        self.measure_from(command, server_pid, &Start { caches, memory_len })
     }
 
-    /// As [`Scratch::measure`], with caches as `start` says.
+    /// As [`Scratch::measure`], from another start.
     ///
     /// # Errors
     /// When it fails, or we were asked to end.
     pub fn measure_from(&self, command: &mut Command, server_pid: Option<u32>, start: &Start) -> Result<Usage> {
         self.go_on()?;
-        rustix::fs::syncfs(&self.handle).map_err(|e| cannot("sync", self.work(), e))?;
+        self.sync()?;
         self.wait_for_quiet()?;
-        match start {
-            Start::Cold => fs::write(DROP_CACHES, "1").map_err(|e| cannot("write", DROP_CACHES.as_ref(), e))?,
+        match &start.caches {
+            Caches::Cold => fs::write(DROP_CACHES, "1").map_err(|e| cannot("write", DROP_CACHES.as_ref(), e))?,
             // Even a machine with enough memory may have dropped what it thought cold.
-            Start::Warm(directories) => directories.iter().try_for_each(|path| read_once(path))?,
+            Caches::Warm(directories) => directories.iter().try_for_each(|path| read_once(path))?,
         }
-        self.measure_at_once(command, server_pid)
+        self.measure_at_once(command, server_pid, start.memory_len)
     }
 
-    /// Runs one command, as things are.
+    /// Runs one command, as things are but for the memory.
     ///
     /// # Errors
     /// When it fails, or we were asked to end.
-    pub fn measure_at_once(&self, command: &mut Command, server_pid: Option<u32>) -> Result<Usage> {
+    pub fn measure_at_once(&self, command: &mut Command, server_pid: Option<u32>, memory_len: u64) -> Result<Usage> {
         self.go_on()?;
+        self.touch(memory_len)?;
         let usage = measure::run(command, self.work(), server_pid);
         self.go_on().and(usage)
+    }
+
+    /// Writes what waits to be written.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn sync(&self) -> Result<()> {
+        rustix::fs::syncfs(&self.handle).map_err(|e| cannot("sync", self.work(), e))
+    }
+
+    /// Bytes that are free in the file system.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn free_len(&self) -> Result<u64> {
+        let found = rustix::fs::fstatvfs(&self.handle).map_err(|e| cannot("look at", self.work(), e))?;
+        Ok(found.f_bavail * found.f_frsize)
+    }
+
+    /// Lets time pass.
+    ///
+    /// # Errors
+    /// When we were asked to end.
+    pub fn pause(&self, time: Duration) -> Result<()> {
+        let deadline = Instant::now() + time;
+        while Instant::now() < deadline {
+            self.go_on()?;
+            std::thread::sleep(POLL);
+        }
+        Ok(())
     }
 
     /// # Errors
     /// When we were asked to end.
     pub fn go_on(&self) -> Result<()> {
         if self.interrupted.load(Ordering::Relaxed) { Err(Error::new("interrupted")) } else { Ok(()) }
+    }
+
+    fn touch(&self, memory_len: u64) -> Result<()> {
+        if !self.warm_memory || memory_len == 0 {
+            return Ok(());
+        }
+        succeed(self.this_program().args(["touch", &memory::touchable(memory_len)?.to_string()])).map(drop)
     }
 
     fn wait_for_quiet(&self) -> Result<()> {
@@ -183,13 +233,34 @@ impl Scratch {
     /// The command as one would type it, with names for this machine's directories.
     pub fn shown(&self, command: &Command) -> String {
         let work = self.work().display().to_string();
-        let program = Path::new(command.get_program()).file_name().unwrap_or_default();
-        let program = if program == "exe" { "bench".into() } else { program.to_string_lossy() };
+        let program = name_of(&command.get_program().to_string_lossy());
+        let program = if program == "exe" { "bench".to_owned() } else { program };
         let words = command.get_args().map(|arg| {
-            let arg = arg.to_string_lossy().replace(&work, "WORK");
+            let arg = name_of(&arg.to_string_lossy().replace(&work, "WORK"));
             if arg.contains([' ', '"']) { format!("'{arg}'") } else { arg }
         });
-        std::iter::once(program.into_owned()).chain(words).collect::<Vec<_>>().join(" ")
+        std::iter::once(program).chain(words).collect::<Vec<_>>().join(" ")
+    }
+}
+
+/// What was typed after this program's name, with names for this machine's directories.
+pub fn typed() -> String {
+    shown_options(std::env::args().skip(1))
+}
+
+fn shown_options(args: impl Iterator<Item = String>) -> String {
+    let shown = |arg: String| match arg.split_once('=') {
+        Some((option, value)) if option.starts_with("--") => format!("{option}={}", name_of(value)),
+        _ => name_of(&arg),
+    };
+    args.map(shown).collect::<Vec<_>>().join(" ")
+}
+
+/// The last part of a path that begins at the root: where that is, is this machine's own affair. Other words stay as they are.
+fn name_of(word: &str) -> String {
+    match Path::new(word).file_name() {
+        Some(name) if word.starts_with('/') && !word.starts_with("/dev/") => name.to_string_lossy().into_owned(),
+        _ => word.to_owned(),
     }
 }
 
@@ -250,4 +321,17 @@ fn work_in(dir: &Path, user: &ServerUser) -> Result<TempDir> {
     let work = work.map_err(|e| cannot("make a directory in", &dir, e))?;
     user.own(work.path())?;
     Ok(work)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_something_is_on_this_machine_is_not_shown() {
+        let typed =
+            ["compare", "--dir", "/mnt/big", "--barman=/a/bin/barman", "--wal-rus", "bin/walrus", "--change", "0,1"];
+        let shown = shown_options(typed.into_iter().map(str::to_owned));
+        assert_eq!(shown, "compare --dir big --barman=barman --wal-rus bin/walrus --change 0,1");
+    }
 }

@@ -119,9 +119,9 @@ impl Stage {
     ///
     /// # Errors
     /// When it fails, or we were asked to end.
-    pub fn measure(&self, command: &mut Command) -> Result<Usage> {
+    pub fn measure(&self, command: &mut Command, memory_len: u64) -> Result<Usage> {
         self.cluster.sql("postgres", "CHECKPOINT")?;
-        self.scratch.measure(command, self.cluster.pid())
+        self.scratch.measure(command, self.cluster.pid(), memory_len)
     }
 
     /// Runs one command as [`Scratch::measure_from`] does, with a checkpoint behind it.

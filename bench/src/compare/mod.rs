@@ -7,7 +7,7 @@
 //!              for each tool the restore of the last incremental: of the history if there is one; merge and verify
 //! ```
 //!
-//! The rounds are repeated rather than the commands: whatever drifts, drifts for all alike. With `--cache both` every other round drops
+//! The rounds are repeated rather than the commands: whatever drifts, drifts for all alike. Each round begins with another tool. With `--cache both` every other round drops
 //! the kernel's caches before each command. A peer that fails is left out from there on, and the report says why; so does a detector
 //! of pgstrata that refuses. In the first round what was restored is proved: a server starts on it and has the rows of the cluster, or,
 //! without a server, its files are those of the cluster.
@@ -19,12 +19,14 @@
 //! | `mixed` | tables that are like those of people |
 //! | `tools` | how each tool is called |
 //! | `rounds` | what runs when |
+//! | `attic` | what was restored, and is in the way |
 //! | `proof` | whether what was restored is right |
 
-mod churn;
+mod attic;
+pub mod churn;
 mod mixed;
 mod proof;
-mod rounds;
+pub mod rounds;
 pub mod site;
 pub mod tools;
 
@@ -39,7 +41,7 @@ use self::rounds::Rounds;
 use self::site::{Kind, Site};
 use crate::record::Recorder;
 use crate::report::{LEGEND, Run, Sample, Step, changed};
-use crate::scratch::{Scratch, must_drop_caches};
+use crate::scratch::{self, Scratch, must_drop_caches};
 use crate::{CommonArgs, machine};
 
 const MB: f64 = 1e6;
@@ -138,9 +140,9 @@ pub struct ToolArgs {
     #[arg(long, value_name = "DETECTOR,...", value_enum, value_delimiter = ',', default_value = "scan,wal,summary")]
     pub detect: Vec<Detector>,
 
-    /// Workers of each tool [default: one for each core].
-    #[arg(long, value_name = "N", default_value_t = cores(), value_parser = clap::value_parser!(u32).range(1..))]
-    pub jobs: u32,
+    /// Workers of each tool [default: one for each core]; pgstrata's full, scan, restore and verify also run with each further number.
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_values_t = [cores()], value_parser = clap::value_parser!(u32).range(1..))]
+    pub jobs: Vec<u32>,
 
     /// pgstrata's --compress.
     #[arg(long, value_name = "METHOD", default_value = "zstd:1")]
@@ -149,6 +151,13 @@ pub struct ToolArgs {
     /// What runs beside pgstrata, and where it is.
     #[command(flatten)]
     pub peers: PeerArgs,
+}
+
+impl ToolArgs {
+    /// Workers of each tool.
+    pub fn jobs(&self) -> u32 {
+        self.jobs.first().copied().unwrap_or(1)
+    }
 }
 
 /// What runs beside pgstrata, and where it is.
@@ -216,7 +225,7 @@ pub enum Caches {
 
 impl Caches {
     /// Whether the rounds, in turns, are cold.
-    fn turns(self) -> &'static [bool] {
+    pub fn turns(self) -> &'static [bool] {
         match self {
             Self::Warm => &[false],
             Self::Cold => &[true],
@@ -239,7 +248,7 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     let site = Site::set(&args.site, scratch, &hot)?;
     let mut recorder = Recorder::default();
     recorder.notes.load_before = machine::load_average();
-    let mut rounds = Rounds::new(args, &site);
+    let mut rounds = Rounds::new(args, &site)?;
     rounds.pass_nights(&mut recorder)?;
     recorder.rounds(args.runs, args.common.patience > 0, |recorder| {
         args.cache.turns().iter().try_for_each(|cold| rounds.play(recorder, *cold))
@@ -252,7 +261,7 @@ pub fn run(args: &CompareArgs) -> Result<()> {
 
 fn report(args: &CompareArgs, site: &Site, recorder: &Recorder, rounds: &Rounds) -> Result<()> {
     let CompareArgs { runs, nights, common, .. } = args;
-    let (major, jobs) = (args.site.major, args.tools.jobs);
+    let (major, jobs) = (args.site.major, args.tools.jobs());
     let steps = steps(&recorder.samples);
     let incrementals: Vec<Step> =
         steps.iter().copied().filter(|step| step.name.contains("pgstrata incremental")).collect();
@@ -265,12 +274,13 @@ fn report(args: &CompareArgs, site: &Site, recorder: &Recorder, rounds: &Rounds)
             site.describe(),
             cluster_bytes / MB
         ),
-        command: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
+        command: scratch::typed(),
         settings: format!(
             "The server's settings: {}\n\n{}\nThe commands of the history and of the first round; WORK is the scratch directory. Before \
-             each: CHECKPOINT, syncfs,\nand what it reads is read once, or the caches are dropped.",
+             each: CHECKPOINT, syncfs,\nand what it reads is read once, or the caches are dropped. {}",
             site.settings(),
-            rounds.settings()
+            rounds.settings(),
+            common.shown_memory()
         ),
         legend: LEGEND,
         found: changed(&recorder.samples, &incrementals) + &rounds.found(),
@@ -284,9 +294,20 @@ fn report(args: &CompareArgs, site: &Site, recorder: &Recorder, rounds: &Rounds)
 }
 
 /// The rows, by what they do and with what they are compared: the same step of other tools, and what bounds it.
-fn steps(samples: &[Sample]) -> Vec<Step> {
-    let order =
-        ["read", "compress", "full", "incremental", "restore-full", "restore-last", "write", "copy", "merge", "verify"];
+pub fn steps(samples: &[Sample]) -> Vec<Step> {
+    let order = [
+        "read",
+        "hash",
+        "compress",
+        "full",
+        "incremental",
+        "restore-full",
+        "restore-last",
+        "write",
+        "copy",
+        "merge",
+        "verify",
+    ];
     let mut rows: BTreeMap<(usize, usize), &Sample> = BTreeMap::new();
     for (at, sample) in samples.iter().enumerate() {
         if !rows.values().any(|row| row.step == sample.step) {
@@ -307,12 +328,12 @@ fn steps(samples: &[Sample]) -> Vec<Step> {
 
 fn is_beside(own: &Sample, peer: &Sample) -> bool {
     let (own, peer) = (&own.facts, &peer.facts);
-    if peer.tool == "pgstrata" || own.cache != peer.cache {
+    if peer.tool == "pgstrata" || (&own.cache, &own.size) != (&peer.cache, &peer.size) {
         return false;
     }
     let bounds: &[&str] = match own.action.as_str() {
         "full" => &["read", "compress"],
-        "incremental" => &["read"],
+        "incremental" => &["read", "hash", "server"],
         "restore-full" | "restore-last" => &["write", "copy"],
         _ => &[],
     };

@@ -8,6 +8,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use clap::ValueEnum;
 use testdata::cluster::Cluster;
@@ -52,6 +53,8 @@ const CONF_SUMMARIES: [&str; 3] = ["wal_keep_size = 4GB", "max_wal_size = 2GB", 
 const TOOLS: [&str; 2] = ["pgbench", "pg_basebackup"];
 const TOOLS_INCREMENTAL: [&str; 3] = ["pgbench", "pg_basebackup", "pg_combinebackup"];
 const MB: f64 = 1e6;
+/// How often it is looked whether the server is ready.
+const POLL: Duration = Duration::from_millis(100);
 
 /// The database of a synthetic cluster.
 const DATABASE: u32 = 16_385;
@@ -231,6 +234,20 @@ impl Site {
     pub fn tidy(&self) -> Result<()> {
         let Some(server) = self.server() else { return Ok(()) };
         server.sql_each("postgres", &["VACUUM (FREEZE)", "CHECKPOINT"])
+    }
+
+    /// Waits until the server's WAL summaries reach its last checkpoint, where it writes any.
+    ///
+    /// # Errors
+    /// PostgreSQL's; when we were asked to end.
+    pub fn wait_for_summaries(&self) -> Result<()> {
+        let Some(server) = self.server().filter(|_| self.major >= 17) else { return Ok(()) };
+        let lacks =
+            "SELECT s.summarized_lsn < c.redo_lsn FROM pg_get_wal_summarizer_state() s, pg_control_checkpoint() c";
+        while server.query_value("postgres", lacks)? == "t" {
+            self.scratch().pause(POLL)?;
+        }
+        Ok(())
     }
 
     /// What the table says of the settings.

@@ -42,7 +42,7 @@ pub(super) fn find(args: &ToolArgs, site: &Site, set: Set) -> Found {
     let program = super::program(args.peers.barman.as_ref(), "barman", HINT)?;
     let version = super::version_of(site.scratch().user(), &program, "--version")?;
     let home = set.home(site, "barman");
-    let (base, jobs, by_postgres) = (home.join("bench/base"), args.jobs, site.major() >= 17);
+    let (base, jobs, by_postgres) = (home.join("bench/base"), args.jobs(), site.major() >= 17);
     Ok(Box::new(Barman { program, version, home, base, jobs, by_postgres, set, receiver: None }))
 }
 

@@ -104,6 +104,11 @@ pub trait Tool {
     /// The next backup is made of a later state of the cluster.
     fn settle(&mut self) {}
 
+    /// Its number of workers, where that is not everybody's.
+    fn own_jobs(&self) -> Option<u32> {
+        None
+    }
+
     /// Whether a restored directory lacks WAL to become consistent, which the archive has to give.
     fn needs_archive(&self) -> bool {
         false
@@ -141,7 +146,10 @@ pub struct Tools {
 
 /// The tools of this run.
 pub fn find(args: &ToolArgs, site: &Site, set: Set) -> Tools {
-    let mut found: Vec<Box<dyn Tool>> = vec![Box::new(pgstrata::Pgstrata::new(args, site, set))];
+    let mut found: Vec<Box<dyn Tool>> = vec![ours(args, site, set)];
+    for &jobs in args.jobs.iter().skip(1).filter(|_| set == Set::Rounds) {
+        found.push(Box::new(pgstrata::Pgstrata::with_jobs(args, site, jobs)));
+    }
     let mut left_out = Vec::new();
     let peers: [(&str, Found); 4] = [
         ("pg_basebackup", postgres::find(site, set)),
@@ -157,6 +165,19 @@ pub fn find(args: &ToolArgs, site: &Site, set: Set) -> Tools {
         }
     }
     Tools { found, left_out }
+}
+
+/// pgstrata alone.
+pub fn ours(args: &ToolArgs, site: &Site, set: Set) -> Box<dyn Tool> {
+    Box::new(pgstrata::Pgstrata::new(args, site, set))
+}
+
+/// PostgreSQL's own tools alone.
+///
+/// # Errors
+/// When they are not here.
+pub fn postgres(site: &Site, set: Set) -> std::result::Result<Box<dyn Tool>, String> {
+    postgres::find(site, set)
 }
 
 /// A peer, or why it cannot take part.

@@ -35,7 +35,7 @@ pub(super) fn find(args: &ToolArgs, site: &Site, set: Set) -> Found {
         return Err(format!("{version} knows PostgreSQL up to {newest}; {HINT}"));
     }
     let home = set.home(site, "pgbackrest");
-    let (repo, jobs, blocks) = (home.join("repo"), args.jobs, minor >= 46);
+    let (repo, jobs, blocks) = (home.join("repo"), args.jobs(), minor >= 46);
     Ok(Box::new(PgBackRest { program, version, blocks, jobs, home, repo }))
 }
 

@@ -1,4 +1,7 @@
 //! pgstrata, in each way in which it finds what changed. Incrementals of several detectors have the same parent.
+//!
+//! With another number of workers it is a tool of its own, with a repository of its own, which does what workers make faster: full, scan,
+//! restore, verify.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,6 +18,7 @@ use crate::merge;
 pub struct Pgstrata {
     repo: PathBuf,
     jobs: u32,
+    own_jobs: bool,
     compress: String,
     detectors: Vec<&'static str>,
     /// The full backup, and the one that incrementals are made against.
@@ -32,8 +36,14 @@ impl Pgstrata {
         };
         let repo = set.home(site, "pgstrata");
         let none = String::new;
-        let (jobs, compress) = (args.jobs, args.compress.clone());
-        Self { repo, jobs, compress, detectors, full: none(), parent: none(), newest: none() }
+        let (jobs, compress) = (args.jobs(), args.compress.clone());
+        Self { repo, jobs, own_jobs: false, compress, detectors, full: none(), parent: none(), newest: none() }
+    }
+
+    /// For the rounds, with `jobs` workers, whatever others have.
+    pub fn with_jobs(args: &ToolArgs, site: &Site, jobs: u32) -> Self {
+        let repo = Set::Rounds.home(site, &format!("pgstrata-{jobs}"));
+        Self { repo, jobs, own_jobs: true, detectors: vec!["scan"], ..Self::new(args, site, Set::Rounds) }
     }
 
     fn backup(&self, site: &Site) -> Command {
@@ -79,7 +89,15 @@ impl Tool for Pgstrata {
     }
 
     fn ways(&self, action: Action) -> Vec<&'static str> {
-        if action == Action::Incremental { self.detectors.clone() } else { vec![""] }
+        match action {
+            Action::Incremental => self.detectors.clone(),
+            Action::Merge if self.own_jobs => Vec::new(),
+            _ => vec![""],
+        }
+    }
+
+    fn own_jobs(&self) -> Option<u32> {
+        self.own_jobs.then_some(self.jobs)
     }
 
     fn command(&mut self, site: &Site, action: Action, way: &str, target: &Path) -> Result<Command> {
@@ -93,6 +111,8 @@ impl Tool for Pgstrata {
         };
         match action {
             Action::Full => command.args(["--full", "--init"]),
+            // Where nobody said what the parent is, it is the newest backup.
+            Action::Incremental if self.parent.is_empty() => command.args(["--detect", way]),
             Action::Incremental => command.args(["--parent", &self.parent, "--detect", way]),
             Action::Merge => command.arg(&self.newest),
             _ => &mut command,

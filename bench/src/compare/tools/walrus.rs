@@ -31,7 +31,7 @@ pub(super) fn find(args: &ToolArgs, site: &Site, set: Set) -> Found {
     }
     let program = super::program(args.peers.wal_rus.as_ref(), "walrus", HINT)?;
     let version = super::version_of(site.scratch().user(), &program, "--version")?;
-    let (repo, jobs) = (set.home(site, "wal-rus"), args.jobs);
+    let (repo, jobs) = (set.home(site, "wal-rus"), args.jobs());
     let origin = if set == Set::Nights { "LATEST_FULL" } else { "LATEST" };
     Ok(Box::new(WalRus { program, version, repo, jobs, deltas: site.major() >= 17, origin }))
 }
