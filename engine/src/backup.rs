@@ -5,11 +5,11 @@
 //! start     pg_backup_start; a temporary slot keeps the WAL
 //! list      only now: what appears later is in the WAL
 //! detect    which blocks may have changed since the parent (backup/changes.rs)
-//! copy      every file but pg_control, compared with the parent (backup/copy.rs)
+//! copy      every file but pg_control, compared with the parent (backup/copy.rs); what is finished goes into the file table
 //! control   pg_control, last
 //! stop      pg_backup_stop; its backup_label and tablespace_map are part of the backup
 //! WAL       from start to stop, out of pg_wal (backup/wal.rs), proved record by record; void if replay could not repeat it
-//! commit    the file table, then the manifest: now it is a backup
+//! commit    the rest of the file table, then the manifest: now it is a backup
 //! ```
 //!
 //! A backup that fails anywhere is no backup: its packs are removed again, or stay, where the run was killed, as litter that no
@@ -28,6 +28,7 @@ mod commit;
 mod copy;
 mod feed;
 mod judge;
+mod order;
 mod part;
 mod plan;
 mod rate;

@@ -12,6 +12,7 @@
 mod admit;
 mod chunks;
 mod crc;
+mod files;
 mod tree;
 mod unlogged;
 
@@ -23,7 +24,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use self::admit::Admission;
-pub(crate) use self::chunks::{Opened, Sink, TargetFile, Writer};
+pub(crate) use self::chunks::{Opened, Sink, Writer};
+pub(crate) use self::files::{EntryPlace, TargetFile, TargetFiles};
 pub(crate) use self::tree::{Choice, Tree, Written};
 use self::unlogged::Unlogged;
 use crate::error::{Error, ErrorKind, Result};
@@ -72,9 +74,14 @@ impl<'a> Listed<'a> {
     }
 }
 
-impl<'a> From<&'a TargetFile> for Listed<'a> {
-    fn from(file: &'a TargetFile) -> Self {
-        Self { path: &file.entry.path, len: file.entry.len, crc32c: file.crc32c() }
+impl TargetFiles {
+    /// Those of the files that are `wanted`, as PostgreSQL lists them.
+    pub fn listed<'a>(&'a self, wanted: impl Fn(&TargetFile<'a>) -> bool) -> impl Iterator<Item = Listed<'a>> {
+        self.iter().enumerate().filter(move |(_, file)| wanted(file)).map(|(index, file)| Listed {
+            path: file.path,
+            len: file.len,
+            crc32c: self.crc32c(index),
+        })
     }
 }
 
@@ -94,19 +101,21 @@ impl<'r> Chosen<'r> {
         Ok(Self { repo, backup, manifest, starts_as_it_is: false })
     }
 
-    /// Gives each entry of the file table, in order, to `take`; and what recovery would make, if there is to be none.
+    /// Gives each entry of the file table, in order, to `take`, with its place; and what recovery would make, if there is to be none.
     ///
     /// # Errors
     /// `Corrupt` for a file table that contradicts itself; and those of `take`.
-    pub fn entries(&self, mut take: impl FnMut(FileEntry) -> Result<()>) -> Result<()> {
+    pub fn entries(&self, mut take: impl FnMut(FileEntry, EntryPlace) -> Result<()>) -> Result<()> {
         let mut unlogged = self.starts_as_it_is.then(|| Unlogged::new(&self.manifest));
         let mut admission = Admission::new(&self.manifest);
-        for page in &self.manifest.pages {
-            for entry in read_page(&**self.repo.store(), &self.manifest.cluster, page)?.entries {
+        for (page, place) in (0..).zip(&self.manifest.pages) {
+            let entries = read_page(&**self.repo.store(), &self.manifest.cluster, place)?.entries;
+            for (slot, entry) in (0..).zip(entries) {
+                let place = EntryPlace { page, slot };
                 admission.admit(&entry)?;
                 let made = unlogged.as_mut().and_then(|unlogged| unlogged.main_fork(&entry));
-                take(entry)?;
-                made.map_or(Ok(()), &mut take)?;
+                take(entry, place)?;
+                made.map_or(Ok(()), |made| take(made, place))?;
             }
         }
         admission.end()

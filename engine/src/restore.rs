@@ -30,7 +30,7 @@ use serde::Serialize;
 
 use self::config::Wanted;
 use crate::error::Result;
-use crate::extract::{CONF, Chosen, MAX_CONF_LEN, REPLACED, TargetFile, Tree};
+use crate::extract::{CONF, Chosen, MAX_CONF_LEN, REPLACED, TargetFiles, Tree};
 use crate::progress::Progress;
 use crate::repo::{BackupSummary, ClusterName, FileEntry, FileKind, Lease, Manifest, Operation, Repository};
 
@@ -92,13 +92,13 @@ pub fn plan<'r>(repo: &'r Repository, cluster: &ClusterName, backup: &str, optio
 }
 
 /// Takes a file into the plan, unless the restored cluster gets its own file of that name.
-fn choose(manifest: &Manifest, files: &[TargetFile], mut entry: FileEntry) -> Option<FileEntry> {
+fn choose(manifest: &Manifest, files: &TargetFiles, mut entry: FileEntry) -> Option<FileEntry> {
     match entry.kind {
         FileKind::File => {
             let path = entry.path.as_slice();
             let outside = manifest.config_outside && path == CONF;
             // Files from outside the data directory come first in the table: nothing sorts before a slash.
-            let taken = || files.iter().take(2).any(|file| file.entry.path == path);
+            let taken = || files.iter().take(2).any(|file| file.path == path);
             let replaced = REPLACED.contains(&path) || SIGNALS.contains(&path) || outside || taken();
             (!replaced).then_some(entry)
         }
@@ -167,7 +167,7 @@ impl Plan<'_> {
         if let Some(conf) = self.confine(progress)? {
             written.push((CONF, conf));
         }
-        self.tree.write_pg_manifest(&written, |entry| entry.path != AUTO_CONF)?;
+        self.tree.write_pg_manifest(&written, |path| path != AUTO_CONF)?;
         self.configure()?;
         target.write_file(b"recovery.signal", b"", owner)
     }

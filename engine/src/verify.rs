@@ -1,32 +1,33 @@
 //! `verify`: whether what the repository holds is what was stored.
 //!
 //! ```text
-//! for each backup: read the manifest and the file table; note which packs, layers and chunks it needs
+//! for each backup: read the manifest and the file table; note which packs each page of it needs
 //! quick:  each pack is there, with the right length
 //! else:   read each pack once, some packs at a time, all workers together: frame, every record's checksum; every chunk is decompressed and proved by its id,
 //!         and the fingerprints in the block maps are those of the blocks
-//! then:   name each damaged object, and the backups and files that need it
+//! then:   name each damaged object, and, in another pass over the file tables, the backups and files that need it
 //! ```
 //!
-//! Objects that several backups share are read once. Damage is no error: it is the report. An error is what stops verifying.
+//! Objects that several backups share are read once. What is held is the chunks of the packs at hand, and of the block maps that need them only what tells
+//! them apart: the pages of the file tables are read again for each window of packs whose chunks they name. So memory is bounded, however many files there are. Damage is no error: it is the report. An error is what stops verifying.
 //!
 //! What this cannot see: bytes that were wrong before they came here (a damaged page is listed in its backup), and packs that no backup needs, which are litter.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::chunk::{Decoder, Fingerprint, Shape};
+use crate::chunk::{Decoder, Fingerprint, Shape, hash16};
 use crate::error::{Error, ErrorKind, Result};
 use crate::progress::{Phase, Progress};
 use crate::repo::{
-    BackupSummary, ChunkRef, ClusterName, DataPack, Depth, FileEntry, Group, Layer, LayerPlace, Lease, LeaseRequest,
-    Manifest, Operation, PackInfo, PackKind, PackName, PackTable, Place, Repository, pack_fault, read_page,
+    BackupSummary, ChunkRef, ClusterName, Depth, FileEntry, Group, Layer, LayerPlace, Lease, LeaseRequest, Manifest,
+    Operation, PackInfo, PackKind, PackName, PackTable, PartMap, Place, Repository, pack_fault, read_page,
 };
 use crate::store::ObjectName;
 
@@ -117,6 +118,7 @@ pub fn run(
         let threads = threads.map_err(|e| Error::new(ErrorKind::Unavailable, "cannot start threads").because(e))?;
         threads.install(|| verifier.check_contents(jobs, progress))?;
     }
+    verifier.name_what_is_hurt()?;
     let report = verifier.report(begun);
     if !options.quick {
         mark(repo, cluster, &report, progress);
@@ -142,27 +144,38 @@ fn mark(repo: &Repository, cluster: &ClusterName, report: &Report, progress: &dy
     }
 }
 
-/// A distinct stack of layers, and the files that have it.
-struct Stack {
-    /// A manifest that needs it.
-    manifest: usize,
-    layers: Vec<LayerPlace>,
-    data: Vec<PackName>,
-    users: Vec<User>,
+/// Tells a stack of layers from others.
+type StackId = [u8; 16];
+
+fn stack_id(part: &PartMap) -> StackId {
+    let mut bytes = Vec::with_capacity(part.layers.len() * 32);
+    for LayerPlace { pack, offset, .. } in &part.layers {
+        bytes.extend_from_slice(pack.run.to_string().as_bytes());
+        bytes.extend_from_slice(&pack.seq.to_le_bytes());
+        bytes.extend_from_slice(&offset.to_le_bytes());
+    }
+    hash16(&bytes)
 }
 
-/// A file of some backups.
-#[derive(Clone)]
-struct User {
-    path: Vec<u8>,
-    page: usize,
+/// A distinct page of the file tables.
+struct Page {
+    /// A backup that has it, and its number there.
+    backup: usize,
+    number: usize,
+    /// All backups that have it.
+    users: Vec<usize>,
+    /// The data packs that its entries need; none if it cannot be read.
+    data: Box<[PackName]>,
 }
 
 /// A chunk that block maps need.
 struct Needed {
     chunk: ChunkRef,
+    block_len: usize,
     fingerprints: Vec<Option<Fingerprint>>,
-    stacks: Vec<usize>,
+    stacks: Vec<StackId>,
+    /// Whether two of these say different things of it.
+    disputed: bool,
 }
 
 /// The chunks that block maps need, by pack and offset.
@@ -183,7 +196,20 @@ struct ReadPack {
 struct Finding {
     problems: BTreeSet<String>,
     backups: BTreeSet<usize>,
+    /// The stacks that are hurt: their files and backups are looked for at the end.
+    stacks: HashSet<StackId>,
+    /// The first hundred.
     files: BTreeSet<Vec<u8>>,
+}
+
+impl Finding {
+    fn hurts(&mut self, backups: &[usize], path: &[u8]) {
+        self.backups.extend(backups);
+        self.files.insert(path.to_vec());
+        if self.files.len() > MAX_FILES {
+            self.files.pop_last();
+        }
+    }
 }
 
 /// What is to be verified.
@@ -224,9 +250,7 @@ struct Verifier<'r> {
     packs: BTreeMap<PackName, (u64, Vec<usize>)>,
     /// Packs that are not there, or not whole.
     absent: BTreeSet<PackName>,
-    /// For each distinct page of the file tables, the backups that have it.
-    pages: Vec<Vec<usize>>,
-    stacks: Vec<Stack>,
+    pages: Vec<Page>,
     findings: Mutex<BTreeMap<String, Finding>>,
     objects_checked: AtomicU64,
     bytes_read: AtomicU64,
@@ -263,28 +287,27 @@ impl<'r> Verifier<'r> {
             packs,
             absent: BTreeSet::new(),
             pages: Vec::new(),
-            stacks: Vec::new(),
             findings: Mutex::default(),
             objects_checked,
             bytes_read: AtomicU64::new(0),
         })
     }
 
-    fn found(&self, object: &str, problem: String, backups: &[usize], files: &[&[u8]]) {
-        let mut findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
+    fn found(&self, object: &str, problem: String, backups: &[usize], stacks: &[StackId]) {
+        let mut findings = self.findings();
         let finding = findings.entry(object.to_owned()).or_default();
         finding.problems.insert(problem);
         finding.backups.extend(backups);
-        finding.files.extend(files.iter().map(|path| path.to_vec()));
+        finding.stacks.extend(stacks);
     }
 
     /// Notes an error that is damage; passes on one that stops verifying.
-    fn note(&self, object: &str, error: Error, backups: &[usize], files: &[&[u8]]) -> Result<()> {
+    fn note(&self, object: &str, error: Error, backups: &[usize], stacks: &[StackId]) -> Result<()> {
         match error.kind() {
             ErrorKind::Corrupt | ErrorKind::Missing | ErrorKind::Unsupported => {
                 let told = error.place() == Some(object);
                 let problem = if told { error.without_place() } else { error.to_string() };
-                self.found(object, problem, backups, files);
+                self.found(object, problem, backups, stacks);
                 Ok(())
             }
             _ => Err(error),
@@ -307,37 +330,45 @@ impl<'r> Verifier<'r> {
         Ok(())
     }
 
-    /// Reads every distinct page of the file tables and gathers the block maps.
+    /// Reads every distinct page of the file tables, and notes which packs it needs.
     fn read_tables(&mut self) -> Result<()> {
-        let mut known_pages = HashMap::new();
-        let mut known_stacks: HashMap<Vec<Place>, usize> = HashMap::new();
-        for index in 0..self.backups.len() {
-            for page_number in 0..self.backups[index].1.pages.len() {
-                let page = &self.backups[index].1.pages[page_number];
-                let key = (page.place.pack, page.place.offset);
-                if let Some(known) = known_pages.get(&key) {
-                    let known: &usize = known;
-                    self.pages[*known].push(index);
+        let mut known: HashMap<Place, usize> = HashMap::new();
+        for backup in 0..self.backups.len() {
+            for number in 0..self.backups[backup].1.pages.len() {
+                let page = &self.backups[backup].1.pages[number];
+                if let Some(known) = known.get(&page.place) {
+                    self.pages[*known].users.push(backup);
                     continue;
                 }
-                let number = self.pages.len();
-                known_pages.insert(key, number);
-                let read = read_page(&**self.repo.store(), &self.cluster, page);
+                known.insert(page.place, self.pages.len());
                 let object = page.place.pack.object(&self.cluster)?;
-                self.pages.push(vec![index]);
-                match read {
+                let data = match read_page(&**self.repo.store(), &self.cluster, page) {
                     Ok(page) => {
-                        self.packs_must_be_named(index, &object, &page.packs);
-                        self.gather(index, number, page.entries, &mut known_stacks);
+                        self.packs_must_be_named(backup, &object, &page.packs);
+                        page.packs.into_iter().filter(|pack| pack.kind == PackKind::Data).collect()
                     }
                     Err(error) => {
-                        let users = self.packs.get(&key.0).map_or(&[][..], |(_, users)| users);
+                        let users = self.packs.get(&page.place.pack).map_or(&[][..], |(_, users)| users);
                         self.note(object.as_str(), error, users, &[])?;
+                        Box::default()
                     }
-                }
+                };
+                self.pages.push(Page { backup, number, users: vec![backup], data });
             }
         }
-        self.name_files_of_absent_packs()
+        Ok(())
+    }
+
+    /// The entries of a page, once more; none if it cannot be read, which is noted.
+    fn entries(&self, page: &Page) -> Result<Vec<FileEntry>> {
+        let place = &self.backups[page.backup].1.pages[page.number];
+        match read_page(&**self.repo.store(), &self.cluster, place) {
+            Ok(page) => Ok(page.entries),
+            Err(error) => {
+                let object = place.place.pack.object(&self.cluster)?;
+                self.note(object.as_str(), error, &page.users, &[]).map(|()| Vec::new())
+            }
+        }
     }
 
     /// A pack that the manifest does not name is not looked at, so nothing may refer to it.
@@ -348,46 +379,36 @@ impl<'r> Verifier<'r> {
         }
     }
 
-    fn gather(
-        &mut self,
-        manifest: usize,
-        page: usize,
-        entries: Vec<FileEntry>,
-        known: &mut HashMap<Vec<Place>, usize>,
-    ) {
-        for FileEntry { path, parts, .. } in entries {
-            for part in parts {
-                let user = User { path: path.clone(), page };
-                let key = part.layers.iter().map(|layer| Place { pack: layer.pack, offset: layer.offset }).collect();
-                let stack = *known.entry(key).or_insert_with(|| {
-                    let (layers, data) = (part.layers.clone(), part.data.clone());
-                    self.stacks.push(Stack { manifest, layers, data, users: Vec::new() });
-                    self.stacks.len() - 1
-                });
-                self.stacks[stack].users.push(user);
+    /// Names the backups and files that what was found hurts.
+    fn name_what_is_hurt(&self) -> Result<()> {
+        let mut hurt: HashMap<StackId, Vec<String>> = HashMap::new();
+        for (object, finding) in &mut *self.findings() {
+            for stack in finding.stacks.drain() {
+                hurt.entry(stack).or_default().push(object.clone());
             }
         }
-    }
-
-    fn name_files_of_absent_packs(&self) -> Result<()> {
-        for stack in &self.stacks {
-            let needed = stack.data.iter().copied().chain(stack.layers.iter().map(|layer| layer.pack));
-            for pack in needed.filter(|pack| self.absent.contains(pack)) {
-                let (backups, files) = self.hurt(stack);
-                let object = pack.object(&self.cluster)?;
-                let mut findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
-                let finding = findings.entry(object.to_string()).or_default();
-                finding.backups.extend(&backups);
-                finding.files.extend(files.iter().map(|path| path.to_vec()));
-            }
+        if hurt.is_empty() && self.absent.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        self.pages.iter().try_for_each(|page| {
+            for FileEntry { path, parts, .. } in self.entries(page)? {
+                for part in parts {
+                    let needed = part.data.iter().copied().chain(part.layers.iter().map(|layer| layer.pack));
+                    for pack in needed.filter(|pack| self.absent.contains(pack)) {
+                        let object = pack.object(&self.cluster)?;
+                        self.findings().entry(object.to_string()).or_default().hurts(&page.users, &path);
+                    }
+                    for object in hurt.get(&stack_id(&part)).into_iter().flatten() {
+                        self.findings().entry(object.clone()).or_default().hurts(&page.users, &path);
+                    }
+                }
+            }
+            Ok(())
+        })
     }
 
-    /// The backups and files that a damaged block map or chunk of a stack hurts.
-    fn hurt<'s>(&self, stack: &'s Stack) -> (Vec<usize>, Vec<&'s [u8]>) {
-        let backups = stack.users.iter().flat_map(|user| self.pages[user.page].iter().copied()).collect();
-        (backups, stack.users.iter().map(|user| user.path.as_slice()).collect())
+    fn findings(&self) -> MutexGuard<'_, BTreeMap<String, Finding>> {
+        self.findings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads and proves every pack that is there.
@@ -463,7 +484,7 @@ impl<'r> Verifier<'r> {
             pack.proved.fetch_add(usize::from(chunk.is_some()), Ordering::Relaxed);
             match chunk {
                 Some(chunk) if record.sound => {
-                    if let Some(problem) = self.prove(chunk, record.bytes, decoder) {
+                    if let Some(problem) = chunk.prove(record.bytes, decoder) {
                         self.hurt_by_chunk(object.as_str(), record.offset, &problem, chunk);
                     }
                 }
@@ -488,86 +509,50 @@ impl<'r> Verifier<'r> {
     /// The chunks of some packs that block maps need.
     fn needed(&self, window: &[(PackName, u64)]) -> Result<Chunks> {
         let wanted = |pack: &PackName| window.binary_search_by(|(name, _)| name.cmp(pack)).is_ok();
-        let flattened = self.stacks.par_iter().enumerate().filter(|(_, stack)| stack.data.iter().any(wanted));
-        let flattened = flattened.map(|(index, stack)| Ok((index, self.flatten(stack)?)));
-        let mut needed = Chunks::new();
-        for (index, layer) in flattened.collect::<Result<Vec<_>>>()? {
-            let Some(layer) = layer else { continue };
-            let mut fingerprints = layer.fingerprints.as_slice();
-            for extent in layer.locations.extents.iter().filter(|extent| extent.source != 0) {
-                let (these, rest) = fingerprints.split_at(extent.count as usize);
-                fingerprints = rest;
-                let Some(chunk) = extent.chunk().map(|chunk| layer.locations.chunks[chunk]) else { continue };
-                let DataPack { run, seq } = layer.locations.packs[chunk.pack as usize];
-                let pack = PackName { run, seq, kind: PackKind::Data };
-                if !wanted(&pack) {
+        let (known, needed) = (Mutex::new(HashSet::new()), Mutex::new(Chunks::new()));
+        let pages = self.pages.par_iter().filter(|page| page.data.iter().any(wanted));
+        pages.try_for_each(|page| {
+            let manifest = &self.backups[page.backup].1;
+            let parts = self.entries(page)?.into_iter().flat_map(|entry| entry.parts);
+            for part in parts.filter(|part| part.data.iter().any(wanted)) {
+                let stack = stack_id(&part);
+                if !known.lock().unwrap_or_else(PoisonError::into_inner).insert(stack) {
                     continue;
                 }
-                let entry = needed.entry((pack, chunk.offset)).or_insert_with(|| Needed {
-                    chunk,
-                    fingerprints: vec![None; usize::from(chunk.block_count)],
-                    stacks: Vec::new(),
-                });
-                if entry.stacks.last() != Some(&index) {
-                    entry.stacks.push(index);
-                }
-                let same = entry.chunk.is_same_chunk(&chunk)
-                    && these.iter().zip(usize::from(extent.first)..).all(|(fingerprint, block)| {
-                        let known = entry.fingerprints[block].get_or_insert(*fingerprint);
-                        known == fingerprint
-                    });
-                if !same {
-                    let object = pack.object(&self.cluster)?;
-                    let (backups, files) = self.hurt(&self.stacks[index]);
-                    let problem = format!("two block maps disagree about the chunk at {}", chunk.offset);
-                    self.found(object.as_str(), problem, &backups, &files);
-                }
+                let Some(layer) = self.flatten(manifest, &part, stack)? else { continue };
+                let mut needed = needed.lock().unwrap_or_else(PoisonError::into_inner);
+                add_needed(&mut needed, &layer, stack, manifest.block_len(), wanted);
             }
+            Ok::<_, Error>(())
+        })?;
+        let needed = needed.into_inner().unwrap_or_else(PoisonError::into_inner);
+        for ((pack, offset), needed) in needed.iter().filter(|(_, needed)| needed.disputed) {
+            let problem = format!("two block maps disagree about the chunk at {offset}");
+            self.found(pack.object(&self.cluster)?.as_str(), problem, &[], &needed.stacks);
         }
         Ok(needed)
     }
 
-    /// The flattened block map of a stack; `None` if it is damaged, which is noted.
-    fn flatten(&self, stack: &Stack) -> Result<Option<Layer>> {
-        let manifest = &self.backups[stack.manifest].1;
-        let part = crate::repo::PartMap { layers: stack.layers.clone(), data: stack.data.clone() };
-        let flat = self.repo.flatten(manifest, &part, Depth::Fingerprints);
+    /// The flattened block map of a part; `None` if it is damaged, which is noted.
+    fn flatten(&self, manifest: &Manifest, part: &PartMap, stack: StackId) -> Result<Option<Layer>> {
+        let flat = self.repo.flatten(manifest, part, Depth::Fingerprints);
         let damaged = match flat {
             Ok(layer) if layer.locations.stored_blocks() == layer.fingerprints.len() as u64 => return Ok(Some(layer)),
             Ok(_) => Error::new(ErrorKind::Corrupt, "a block map has lost its fingerprints"),
             Err(error) => error,
         };
         let object = damaged.place().and_then(|place| place.split(' ').next()).map(str::to_owned);
-        let object = match object {
-            Some(object) if object.contains('/') => object,
-            _ => stack.layers[0].pack.object(&self.cluster)?.to_string(),
+        let object = match (object, part.layers.first()) {
+            (Some(object), _) if object.contains('/') => object,
+            (_, Some(layer)) => layer.pack.object(&self.cluster)?.to_string(),
+            (_, None) => manifest.object()?.to_string(),
         };
-        let (backups, files) = self.hurt(stack);
-        self.note(&object, damaged, &backups, &files)?;
+        self.note(&object, damaged, &[], &[stack])?;
         Ok(None)
     }
 
-    /// What is wrong with a needed chunk.
-    fn prove(&self, needed: &Needed, stored: &[u8], decoder: &mut Decoder) -> Option<String> {
-        let Needed { chunk, fingerprints, stacks } = needed;
-        if stored.len() != chunk.stored_len as usize {
-            return Some(format!("has {} bytes instead of {}", stored.len(), chunk.stored_len));
-        }
-        let block_len = stacks.first().map_or(0, |stack| self.backups[self.stacks[*stack].manifest].1.block_len());
-        let shape = Shape { block_len, block_count: usize::from(chunk.block_count) };
-        let found = match decoder.decode(chunk.codec, stored, shape, chunk.id) {
-            Ok((_, found)) => found,
-            Err(error) => return Some(error.to_string()),
-        };
-        let same = fingerprints.iter().zip(found).all(|(needed, found)| needed.is_none_or(|needed| needed == *found));
-        (!same).then(|| "has other blocks than a block map says".to_owned())
-    }
-
     fn hurt_by_chunk(&self, object: &str, offset: u64, problem: &str, needed: &Needed) {
-        for stack in &needed.stacks {
-            let (backups, files) = self.hurt(&self.stacks[*stack]);
-            self.found(object, format!("the chunk at {offset} {problem}"), &backups, &files);
-        }
+        self.found(object, format!("the chunk at {offset} {problem}"), &[], &needed.stacks);
     }
 
     fn report(self, begun: Instant) -> Report {
@@ -578,7 +563,7 @@ impl<'r> Verifier<'r> {
             object,
             problem: finding.problems.into_iter().collect::<Vec<_>>().join("; "),
             backups: finding.backups.iter().map(|index| self.backups[*index].0.id.to_string()).collect(),
-            files: finding.files.into_iter().take(MAX_FILES).map(name).collect(),
+            files: finding.files.into_iter().map(name).collect(),
         });
         let damage = self.unreadable.into_iter().chain(damage).collect();
         let verified = |(index, (backup, _))| VerifiedBackup { backup, ok: !hurt.contains(&index) };
@@ -590,5 +575,62 @@ impl<'r> Verifier<'r> {
             bytes_read: self.bytes_read.into_inner(),
             bytes_written: 0,
         }
+    }
+}
+
+/// Adds the chunks of wanted packs that a flattened block map names.
+fn add_needed(
+    chunks: &mut Chunks,
+    layer: &Layer,
+    stack: StackId,
+    block_len: usize,
+    wanted: impl Fn(&PackName) -> bool,
+) {
+    let locations = &layer.locations;
+    let mut fingerprints = layer.fingerprints.as_slice();
+    for extent in locations.extents.iter().filter(|extent| extent.source != 0) {
+        let (these, rest) = fingerprints.split_at(extent.count as usize);
+        fingerprints = rest;
+        let Some(chunk) = extent.chunk().map(|chunk| locations.chunks[chunk]) else { continue };
+        let pack = locations.packs[chunk.pack as usize].name();
+        if !wanted(&pack) {
+            continue;
+        }
+        let needed = chunks.entry((pack, chunk.offset)).or_insert_with(|| Needed {
+            chunk,
+            block_len,
+            fingerprints: vec![None; usize::from(chunk.block_count)],
+            stacks: Vec::new(),
+            disputed: false,
+        });
+        if needed.stacks.last() != Some(&stack) {
+            needed.stacks.push(stack);
+        }
+        let same = needed.chunk.is_same_chunk(&chunk)
+            && these.iter().zip(usize::from(extent.first)..).all(|(fingerprint, block)| {
+                let known = needed.fingerprints[block].get_or_insert(*fingerprint);
+                known == fingerprint
+            });
+        needed.disputed |= !same;
+    }
+}
+
+impl Needed {
+    /// What is wrong with the chunk. Of one that block maps disagree about, that was said.
+    fn prove(&self, stored: &[u8], decoder: &mut Decoder) -> Option<String> {
+        let Needed { chunk, block_len, fingerprints, disputed, .. } = self;
+        if *disputed {
+            return None;
+        }
+        if stored.len() != chunk.stored_len as usize {
+            return Some(format!("has {} bytes instead of {}", stored.len(), chunk.stored_len));
+        }
+        let shape = Shape { block_len: *block_len, block_count: usize::from(chunk.block_count) };
+        let found = match decoder.decode(chunk.codec, stored, shape, chunk.id) {
+            Ok((_, found)) => found,
+            Err(error) => return Some(error.to_string()),
+        };
+        let same = fingerprints.iter().zip(found).all(|(needed, found)| needed.is_none_or(|needed| needed == *found));
+        (!same).then(|| "has other blocks than a block map says".to_owned())
     }
 }

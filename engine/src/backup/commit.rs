@@ -1,4 +1,4 @@
-//! The end of a backup: the file table, then the manifest; from then on it is a backup.
+//! The end of a backup: everything durable, then the manifest; from then on it is a backup.
 
 use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;
@@ -11,30 +11,24 @@ use jiff::Timestamp;
 use super::audit::Audit;
 use super::changes::keep;
 use super::plan::Source;
-use super::run::{Found, Run, whole_second};
+use super::run::{Counts, Found, Run, whole_second};
 use super::salvage::Salvage;
 use super::{Report, advice};
 use crate::error::Result;
 use crate::repo::{
-    BackupSummary, ByteString, FORMAT_VERSION, FileKind, Manifest, PackName, PagePlace, TableWriter,
-    TablespaceLocation, with_lengths,
+    BackupSummary, ByteString, FORMAT_VERSION, Manifest, PackName, Packer, TablespaceLocation, with_lengths,
 };
 use crate::source::Tablespace;
 
 impl Run<'_, '_> {
-    /// Writes the file table and the manifest.
-    pub(super) fn commit(self, mut found: Found, begun: Instant) -> Result<Report> {
+    /// Writes the manifest, when all else is durable.
+    pub(super) fn commit(self, mut found: Found, map: Packer, begun: Instant) -> Result<Report> {
         let mut manifest = self.manifest(&found)?;
-        let known: &[PagePlace] = self.plan.parent.as_ref().map_or(&[], |parent| &parent.pages);
-        let mut table = TableWriter::new(&self.map, known);
-        for entry in found.entries.drain(..) {
-            table.push(entry)?;
-        }
-        let (pages, needed) = table.finish()?;
-        self.map.close()?;
+        map.close()?;
         let mut own = self.data.finish()?;
-        own.extend(self.map.finish()?);
-        manifest.pages = pages;
+        own.extend(map.finish()?);
+        manifest.pages = std::mem::take(&mut found.table.pages);
+        let needed = found.table.packs;
         let inherited = self.plan.parent.iter().flat_map(|parent| &parent.packs);
         let salvaged = self.salvage.iter().flat_map(Salvage::packs);
         let salvage_read = self.salvage.as_ref().map_or(0, Salvage::bytes_read);
@@ -69,9 +63,7 @@ impl Run<'_, '_> {
     /// The manifest, but for what is known only when all else is stored.
     fn manifest(&self, found: &Found) -> Result<Manifest> {
         let Found { listing, bounds, control, .. } = found;
-        let bytes = |wanted: fn(FileKind) -> bool| -> u64 {
-            found.entries.iter().filter(|entry| wanted(entry.kind)).map(|entry| entry.len).sum()
-        };
+        let Counts { cluster_bytes, wal_bytes, files } = found.table.counts;
         let postgres_version = match &self.plan.source {
             Source::Live { session, .. } => session.server().version.clone(),
             Source::Offline { data_dir } => data_dir.major_version().to_string(),
@@ -111,9 +103,9 @@ impl Run<'_, '_> {
             data_directory_owner: (listing.uid, listing.gid),
             config_outside: found.settings.is_some(),
             settings: found.settings.clone().unwrap_or_default(),
-            cluster_bytes: bytes(|kind| kind != FileKind::Wal),
-            wal_bytes: bytes(|kind| kind == FileKind::Wal),
-            file_count: found.entries.iter().filter(|entry| entry.kind == FileKind::File).count() as u64,
+            cluster_bytes,
+            wal_bytes,
+            file_count: files,
             blocks_changed: self.totals.blocks_changed.load(Ordering::Relaxed),
             own_bytes: 0,
             detector: self.plan.detection.detector.to_string(),

@@ -10,13 +10,13 @@
 //! One worker does all of that for a window while it is in its core's cache; the packs are written by threads of their own behind
 //! bounded channels. A file is cut into slices of [`SLICE_BLOCKS`], so that one large file keeps all workers busy. A chunk may
 //! hold blocks of several slices and files, so a slice is open until the chunk with its last block is placed. Memory is bounded by the
-//! slices in work, not by the cluster: a slice without blocks in the open chunk is never kept, and the parent's fingerprints only while they are read.
+//! slices in work, not by the cluster: files are taken when their turn comes, and go on in their order when they are finished (order.rs); a slice without
+//! blocks in the open chunk is never kept, and the parent's fingerprints only while they are read.
 //!
 //! What goes wrong, and what is made of it: a file that vanished was dropped, and replay knows it; a file that ends early was
 //! truncated, and its length is what was read; every other error of reading ends the backup. A page with a wrong checksum is read again
 //! and judged by [`super::judge`].
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -24,11 +24,12 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use super::audit::Audit;
 use super::feed::{AHEAD, FEEDERS, SLICE_BLOCKS, Slice, Slices};
 use super::judge::{Judge, Verdict};
+use super::order::{Order, Take};
 use super::part::{self, SliceMap};
 use super::rate::RateLimit;
 use super::salvage::{Found, Salvage};
@@ -43,6 +44,14 @@ use crate::source::DataDir;
 
 /// Bytes read at once.
 const WINDOW_LEN: usize = 256 << 10;
+
+/// A file, when its turn comes.
+pub(super) enum Work {
+    /// There is nothing to copy: a directory, or what the parent has of the file.
+    Done(FileEntry),
+    /// To be copied.
+    Copy(Item),
+}
 
 /// A file to copy.
 #[derive(Debug)]
@@ -125,6 +134,10 @@ pub(super) struct Copier<'a> {
 
 /// A file in work.
 pub(super) struct OpenItem {
+    /// The file.
+    pub item: Item,
+    /// Its place in the order of the files.
+    number: u64,
     reader: Mutex<Opened>,
     slices_to_read: AtomicUsize,
     parts: Vec<OpenPart>,
@@ -206,48 +219,56 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(super) struct Run<'a> {
     /// What is to be done, and how.
     pub copier: &'a Copier<'a>,
-    /// The files.
-    pub items: &'a [Item],
     /// Whether one of the threads gave up.
     pub failed: AtomicBool,
-    open: Mutex<HashMap<usize, Arc<OpenItem>>>,
-    entries: Mutex<Vec<FileEntry>>,
+    /// Takes the files when they are finished.
+    pub order: Order<'a>,
+    /// Tells a worker that waits for work to finish what it holds back.
+    hurry: Vec<Sender<()>>,
+}
+
+/// Sees to it that nobody waits for a thread that panicked.
+struct Guard<'r, 'a>(&'r Run<'a>);
+
+impl Drop for Guard<'_, '_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.give_up();
+        }
+    }
 }
 
 impl Copier<'_> {
-    /// Copies the items; the entries of those that did not vanish, in no order.
-    pub fn run(&self, items: &[Item]) -> Result<Vec<FileEntry>> {
-        let run = Run {
-            copier: self,
-            items,
-            failed: AtomicBool::new(false),
-            open: Mutex::default(),
-            entries: Mutex::default(),
-        };
-        let empty = items.iter().filter(|item| item.part_count(self.block_len as u64) == 0);
-        lock(&run.entries).extend(empty.map(|item| item.entry.clone()));
-        let count = Slices::of(items, self.block_len).take(self.jobs.max(FEEDERS)).count();
-        let slices = Mutex::new(Slices::of(items, self.block_len));
+    /// Copies files, at most `count`, and hands the entries of those that did not vanish to `take`, in their order.
+    pub fn run(
+        &self,
+        work: &mut (dyn Iterator<Item = Result<Work>> + Send),
+        count: usize,
+        take: &mut Take<'_>,
+    ) -> Result<()> {
+        let workers = self.jobs.min(count);
+        let (hurry, hurried): (Vec<_>, Vec<_>) = (0..workers).map(|_| bounded(1)).unzip();
+        let run = Run { copier: self, failed: AtomicBool::new(false), order: Order::new(take), hurry };
+        let slices = Mutex::new(Slices::of(work, self.block_len));
         let (feed, fed) = bounded(AHEAD);
         let outcomes: Vec<Result<()>> = std::thread::scope(|scope| {
             let (run, slices) = (&run, &slices);
             let feeder = |_| {
                 let feed = feed.clone();
-                scope.spawn(move || run.feed(slices, &feed))
+                scope.spawn(move || run.guarded(|| run.feed(slices, &feed)))
             };
-            let worker = |_| {
+            let worker = |hurried| {
                 let fed = fed.clone();
-                scope.spawn(move || run.work(&fed))
+                scope.spawn(move || run.guarded(|| Worker::new(run)?.run(&fed, &hurried)))
             };
             let feeders = (0..FEEDERS.min(count)).map(feeder);
-            let threads: Vec<_> = feeders.chain((0..self.jobs.min(count)).map(worker)).collect();
+            let threads: Vec<_> = feeders.chain(hurried.into_iter().map(worker)).collect();
             // Whoever waits for the others to send or to take learns that they are gone.
             drop((feed, fed));
             let panicked = || Err(Error::bug("a worker panicked"));
             threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| panicked())).collect()
         });
-        outcomes.into_iter().collect::<Result<()>>()?;
-        Ok(run.entries.into_inner().unwrap_or_else(PoisonError::into_inner))
+        outcomes.into_iter().collect()
     }
 }
 
@@ -306,38 +327,51 @@ impl Item {
     }
 }
 
-impl Run<'_> {
-    fn work(&self, fed: &Receiver<Slice>) -> Result<()> {
-        let outcome = Worker::new(self).and_then(|mut worker| worker.run(fed));
-        if outcome.is_err() {
-            self.failed.store(true, Ordering::Relaxed);
-        }
-        outcome
+impl OpenItem {
+    /// An item of which nothing is read yet.
+    pub fn new(number: u64, item: Item, block_len: u64) -> Self {
+        let parts = (0..item.part_count(block_len)).map(|part| {
+            let slices = item.part_blocks(block_len, part).div_ceil(SLICE_BLOCKS);
+            let (slices_left, reads_left) = (AtomicU32::new(slices), AtomicU32::new(slices));
+            OpenPart { slices_left, reads_left, ..OpenPart::default() }
+        });
+        let parts: Vec<_> = parts.collect();
+        let slices = parts.iter().map(|part| part.slices_left.load(Ordering::Relaxed) as usize).sum();
+        let (slices_to_read, parts_left) = (AtomicUsize::new(slices), AtomicUsize::new(parts.len()));
+        Self { item, number, reader: Mutex::new(Opened::NotYet), slices_to_read, parts, parts_left }
     }
 
-    /// The state of an item in work.
-    pub fn open_item(&self, index: usize) -> Arc<OpenItem> {
-        let mut open = lock(&self.open);
-        let item = open.entry(index).or_insert_with(|| {
-            let (item, block_len) = (&self.items[index], self.copier.block_len as u64);
-            let parts = (0..item.part_count(block_len)).map(|part| {
-                let slices = item.part_blocks(block_len, part).div_ceil(SLICE_BLOCKS);
-                let (slices_left, reads_left) = (AtomicU32::new(slices), AtomicU32::new(slices));
-                OpenPart { slices_left, reads_left, ..OpenPart::default() }
-            });
-            let parts: Vec<_> = parts.collect();
-            let slices = parts.iter().map(|part| part.slices_left.load(Ordering::Relaxed) as usize).sum();
-            let (slices_to_read, parts_left) = (AtomicUsize::new(slices), AtomicUsize::new(parts.len()));
-            Arc::new(OpenItem { reader: Mutex::new(Opened::NotYet), slices_to_read, parts, parts_left })
-        });
-        Arc::clone(item)
+    fn parent_map(&self, part: u32) -> Option<&PartMap> {
+        self.item.parent.as_ref()?.parts.get(part as usize)
+    }
+}
+
+impl Run<'_> {
+    /// Does what a thread is for; whatever goes wrong, the others learn of it.
+    fn guarded(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        let _guard = Guard(self);
+        work().inspect_err(|_| self.give_up())
+    }
+
+    fn give_up(&self) {
+        self.failed.store(true, Ordering::Relaxed);
+        self.order.give_up();
+    }
+
+    /// Waits until another file may be begun.
+    pub fn wait_for_room(&self) {
+        // Who was told and has not listened yet need not be told again.
+        let tell = |worker: &Sender<()>| {
+            let _ = worker.try_send(());
+        };
+        self.order.wait_for_room(|| self.hurry.iter().for_each(tell));
     }
 
     /// The item's reader; all its slices read through one open file, whatever happens to the name.
-    pub fn reader(&self, index: usize, open: &OpenItem) -> Result<Option<Arc<Reader>>> {
+    pub fn reader(&self, open: &OpenItem) -> Result<Option<Arc<Reader>>> {
         let mut opened = lock(&open.reader);
         if let Opened::NotYet = *opened {
-            *opened = self.open_reader(&self.items[index])?.map_or(Opened::Vanished, |r| Opened::Here(Arc::new(r)));
+            *opened = self.open_reader(&open.item)?.map_or(Opened::Vanished, |r| Opened::Here(Arc::new(r)));
         }
         match &*opened {
             Opened::Here(reader) => Ok(Some(Arc::clone(reader))),
@@ -359,22 +393,22 @@ impl Run<'_> {
     }
 
     /// The parent's fingerprints of a part; empty if the parent does not have it.
-    fn parent(&self, slice: Slice, open: &OpenItem) -> Result<Arc<Vec<Fingerprint>>> {
-        let part = &open.parts[slice.part as usize];
+    fn parent(&self, slice: &Slice) -> Result<Arc<Vec<Fingerprint>>> {
+        let part = &slice.open.parts[slice.part as usize];
         let mut loaded = lock(&part.parent);
         if let Some(fingerprints) = &*loaded {
             return Ok(Arc::clone(fingerprints));
         }
-        let map = self.parent_map(slice.item, slice.part);
+        let map = slice.open.parent_map(slice.part);
         let fingerprints = map.map_or_else(|| Ok(Vec::new()), |map| self.copier.stack.fingerprints(map))?;
         let _ = part.parent_blocks.set(fingerprints.len());
         Ok(Arc::clone(loaded.insert(Arc::new(fingerprints))))
     }
 
     /// Which blocks of a slice to read, by their numbers in the part; all of them unless a detector knows better.
-    pub fn ranges(&self, slice: Slice) -> Vec<Range<u32>> {
+    pub fn ranges(&self, slice: &Slice) -> Vec<Range<u32>> {
         let all = slice.start..slice.start + slice.count;
-        let item = &self.items[slice.item];
+        let item = &slice.open.item;
         let Some(changes) = self.copier.changes.filter(|changes| changes.audit.is_none()) else { return vec![all] };
         let part = slice.part * PART_BLOCKS;
         let runs = item.runs(changes, self.copier.block_len as u64, part + all.start..part + all.end);
@@ -385,7 +419,8 @@ impl Run<'_> {
     }
 
     /// Lets go of the parent's fingerprints of a part when its last slice is read, and of the file when all are.
-    fn read_done(&self, slice: Slice, open: &OpenItem) {
+    fn read_done(&self, slice: &Slice) {
+        let open = &slice.open;
         if open.slices_to_read.fetch_sub(1, Ordering::AcqRel) == 1 {
             let mut opened = lock(&open.reader);
             if let Opened::Here(_) = *opened {
@@ -398,42 +433,39 @@ impl Run<'_> {
         }
     }
 
-    fn parent_map(&self, item: usize, part: u32) -> Option<&PartMap> {
-        self.items[item].parent.as_ref()?.parts.get(part as usize)
-    }
-
     /// Takes the finished map of a slice; with the last of a part its layer is written, with the last of a file its entry made.
-    fn deliver(&self, index: usize, part_number: u32, map: SliceMap) -> Result<()> {
-        let open = self.open_item(index);
-        let part = &open.parts[part_number as usize];
+    fn deliver(&self, slice: &Slice, map: SliceMap) -> Result<()> {
+        let open = &*slice.open;
+        let part = &open.parts[slice.part as usize];
         lock(&part.slices).push(map);
         if part.slices_left.fetch_sub(1, Ordering::AcqRel) > 1 {
             return Ok(());
         }
         let slices = std::mem::take(&mut *lock(&part.slices));
         let known = part.parent_blocks.get().copied();
-        let of_parent = || self.items[index].parent_part_blocks(self.copier.block_len as u64, part_number);
+        let of_parent = || open.item.parent_part_blocks(self.copier.block_len as u64, slice.part);
         let parent_blocks = known.unwrap_or_else(of_parent);
         let vanished = matches!(*lock(&open.reader), Opened::NotYet | Opened::Vanished);
         if !vanished {
-            let done = part::write(self.copier.stack, slices, parent_blocks, self.parent_map(index, part_number))?;
-            if self.items[index].relation.is_some() {
+            let done = part::write(self.copier.stack, slices, parent_blocks, open.parent_map(slice.part))?;
+            if open.item.relation.is_some() {
                 self.copier.totals.blocks_changed.fetch_add(done.blocks_changed, Ordering::Relaxed);
             }
             let _ = part.done.set((done.map, done.end));
         }
         if open.parts_left.fetch_sub(1, Ordering::AcqRel) == 1 {
-            lock(&self.open).remove(&index);
-            if !vanished {
-                self.finish_item(index, &open)?;
-            }
+            let entry = if vanished { None } else { Some(open.finish()?) };
+            self.order.deliver(open.number, entry)?;
         }
         Ok(())
     }
+}
 
-    fn finish_item(&self, index: usize, open: &OpenItem) -> Result<()> {
-        let mut entry = self.items[index].entry.clone();
-        for part in &open.parts {
+impl OpenItem {
+    /// The entry of a file all of whose parts are finished.
+    fn finish(&self) -> Result<FileEntry> {
+        let mut entry = self.item.entry.clone();
+        for part in &self.parts {
             let (map, end) = part.done.get().ok_or_else(|| Error::bug("a part of a file was not finished"))?;
             if !map.layers.is_empty() {
                 entry.parts.push(map.clone());
@@ -443,8 +475,7 @@ impl Run<'_> {
                 break;
             }
         }
-        lock(&self.entries).push(entry);
-        Ok(())
+        Ok(entry)
     }
 }
 
@@ -487,35 +518,42 @@ impl<'r, 'a> Worker<'r, 'a> {
         })
     }
 
-    fn run(&mut self, fed: &Receiver<Slice>) -> Result<()> {
-        for slice in fed {
-            if self.run.failed.load(Ordering::Relaxed) {
-                return Ok(());
+    fn run(&mut self, fed: &Receiver<Slice>, hurried: &Receiver<()>) -> Result<()> {
+        loop {
+            select! {
+                recv(fed) -> slice => match slice {
+                    Ok(slice) if !self.run.failed.load(Ordering::Relaxed) => {
+                        (self.run.copier.health)()?;
+                        self.copy(&slice)?;
+                        if self.run.order.is_crowded() {
+                            self.flush()?;
+                        }
+                    }
+                    Ok(_) => return Ok(()),
+                    Err(_) => return self.flush(),
+                },
+                recv(hurried) -> _ => self.flush()?,
             }
-            (self.run.copier.health)()?;
-            self.copy(slice)?;
         }
-        self.flush()
     }
 
-    fn copy(&mut self, slice: Slice) -> Result<()> {
-        let open = self.run.open_item(slice.item);
+    fn copy(&mut self, slice: &Slice) -> Result<()> {
         let map = SliceMap::new(slice.start);
-        self.slices.push(OpenSlice { slice, map, read: false });
+        self.slices.push(OpenSlice { slice: slice.clone(), map, read: false });
         let ranges = self.run.ranges(slice);
-        if let Some(reader) = self.run.reader(slice.item, &open)? {
+        if let Some(reader) = self.run.reader(&slice.open)? {
             if ranges.is_empty() {
                 self.skip(slice);
             } else {
-                let parent = self.run.parent(slice, &open)?;
+                let parent = self.run.parent(slice)?;
                 self.read(slice, &ranges, &reader, &parent)?;
             }
         }
-        self.run.read_done(slice, &open);
+        self.run.read_done(slice);
         let index = self.slices.len() - 1;
         let waits = self.pieces.last().is_some_and(|piece| piece.slice == index);
         match self.slices.pop() {
-            Some(done) if !waits => self.run.deliver(slice.item, slice.part, done.map),
+            Some(done) if !waits => self.run.deliver(slice, done.map),
             waiting => {
                 self.slices.extend(waiting.map(|waiting| OpenSlice { read: true, ..waiting }));
                 Ok(())
@@ -524,7 +562,7 @@ impl<'r, 'a> Worker<'r, 'a> {
     }
 
     /// Passes over a slice of which nothing has to be read.
-    fn skip(&mut self, slice: Slice) {
+    fn skip(&mut self, slice: &Slice) {
         let len = u64::from(slice.count) * self.run.copier.block_len as u64;
         self.run.copier.progress.advance(len);
         if let Some(open) = self.slices.last_mut() {
@@ -533,7 +571,7 @@ impl<'r, 'a> Worker<'r, 'a> {
     }
 
     /// Reads ranges of a slice, in order, until the file ends.
-    fn read(&mut self, slice: Slice, ranges: &[Range<u32>], reader: &Reader, parent: &[Fingerprint]) -> Result<()> {
+    fn read(&mut self, slice: &Slice, ranges: &[Range<u32>], reader: &Reader, parent: &[Fingerprint]) -> Result<()> {
         for range in ranges {
             self.read_range(slice, range.clone(), reader, parent)?;
             if self.slices.last().is_some_and(|open| open.map.file_end.is_some()) {
@@ -548,10 +586,10 @@ impl<'r, 'a> Worker<'r, 'a> {
         Ok(())
     }
 
-    fn read_range(&mut self, slice: Slice, range: Range<u32>, reader: &Reader, parent: &[Fingerprint]) -> Result<()> {
+    fn read_range(&mut self, slice: &Slice, range: Range<u32>, reader: &Reader, parent: &[Fingerprint]) -> Result<()> {
         let copier = self.run.copier;
         let block_len = copier.block_len as u64;
-        let file_len = self.run.items[slice.item].entry.len;
+        let file_len = slice.open.item.entry.len;
         let part_offset = u64::from(slice.part) * u64::from(PART_BLOCKS) * block_len;
         let end = match slice.to_end {
             true => part_offset + u64::from(PART_BLOCKS) * block_len,
@@ -586,15 +624,15 @@ impl<'r, 'a> Worker<'r, 'a> {
         Ok(())
     }
 
-    fn cannot_read(&self, slice: Slice, error: io::Error) -> Error {
-        let path = self.run.items[slice.item].entry.display_path();
+    fn cannot_read(&self, slice: &Slice, error: io::Error) -> Error {
+        let path = slice.open.item.entry.display_path();
         Error::io("read", path.as_ref(), error)
     }
 
     /// Takes one block of the slice: judges its page, compares it, and keeps it if it differs from the parent's.
     fn take(
         &mut self,
-        slice: Slice,
+        slice: &Slice,
         block: u32,
         page: &mut [u8],
         whole: bool,
@@ -603,11 +641,11 @@ impl<'r, 'a> Worker<'r, 'a> {
     ) -> Result<()> {
         let mut zero = is_zero(page);
         if let (Some(judge), Some(relation), false, true) =
-            (self.run.copier.judge, &self.run.items[slice.item].relation, zero, whole)
+            (self.run.copier.judge, &slice.open.item.relation, zero, whole)
         {
             let in_file = slice.part * PART_BLOCKS + block;
             let offset = u64::from(in_file) * self.run.copier.block_len as u64;
-            let path = &self.run.items[slice.item].entry.path;
+            let path = &slice.open.item.entry.path;
             let verdict = judge.judge(path, *relation, BlockNumber::new(in_file), page, |page| {
                 reader.fill(page, offset).map_err(|e| self.cannot_read(slice, e))
             })?;
@@ -640,11 +678,11 @@ impl<'r, 'a> Worker<'r, 'a> {
     }
 
     /// Notes a block that changed and that the detector would not have read.
-    fn audit(&self, slice: Slice, block: u32, page: &[u8], parent: &[Fingerprint]) {
+    fn audit(&self, slice: &Slice, block: u32, page: &[u8], parent: &[Fingerprint]) {
         let Some((changes, audit)) = self.run.copier.changes.and_then(|changes| Some((changes, changes.audit?))) else {
             return;
         };
-        let item = &self.run.items[slice.item];
+        let item = &slice.open.item;
         let in_file = slice.part * PART_BLOCKS + block;
         let runs = item.runs(changes, self.run.copier.block_len as u64, in_file..in_file + 1);
         if let (Some(mut runs), Some(relation), true) = (runs, item.relation, (block as usize) < parent.len())
@@ -692,7 +730,7 @@ impl<'r, 'a> Worker<'r, 'a> {
         }
         let read = self.slices.iter().take_while(|open| open.read).count();
         for OpenSlice { slice, map, .. } in self.slices.drain(..read) {
-            self.run.deliver(slice.item, slice.part, map)?;
+            self.run.deliver(&slice, map)?;
         }
         Ok(())
     }

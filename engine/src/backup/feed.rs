@@ -8,14 +8,16 @@
 //!
 //! The rate of reading is bounded here, where it begins.
 //!
-//! What goes wrong: nothing that is not an error of opening. Advice that the file system does not take is no advice.
+//! Files are taken from whoever lists them when their turn comes, so those that are ahead are few, too.
+//!
+//! What goes wrong: nothing that is not an error of listing or opening. Advice that the file system does not take is no advice.
 
-use std::sync::Mutex;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 
 use crossbeam_channel::Sender;
 
-use super::copy::{Item, Reader, Run, lock};
+use super::copy::{OpenItem, Reader, Run, Work, lock};
 use crate::error::Result;
 use crate::os::will_read;
 use crate::repo::PART_BLOCKS;
@@ -30,10 +32,10 @@ pub(super) const FEEDERS: usize = 4;
 const PIECE_LEN: u64 = 1 << 20;
 
 /// A piece of work: some blocks of a part of an item.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Slice {
-    /// The item, by its place in the list.
-    pub item: usize,
+    /// The item.
+    pub open: Arc<OpenItem>,
     /// The part.
     pub part: u32,
     /// The first block in the part.
@@ -46,39 +48,62 @@ pub(super) struct Slice {
 
 /// The slices of all items, one after the other.
 pub(super) struct Slices<'a> {
-    items: &'a [Item],
+    work: &'a mut (dyn Iterator<Item = Result<Work>> + Send),
     block_len: u64,
-    item: usize,
+    /// The number of the next file.
+    number: u64,
+    /// The item that is being cut.
+    open: Option<Arc<OpenItem>>,
     part: u32,
     start: u32,
 }
 
 impl<'a> Slices<'a> {
     /// From the beginning.
-    pub fn of(items: &'a [Item], block_len: usize) -> Self {
-        Self { items, block_len: block_len as u64, item: 0, part: 0, start: 0 }
+    pub fn of(work: &'a mut (dyn Iterator<Item = Result<Work>> + Send), block_len: usize) -> Self {
+        Self { work, block_len: block_len as u64, number: 0, open: None, part: 0, start: 0 }
     }
-}
 
-impl Iterator for Slices<'_> {
-    type Item = Slice;
-
-    fn next(&mut self) -> Option<Slice> {
+    /// The next slice. Files that have none are finished as they come.
+    fn next(&mut self, run: &Run<'_>) -> Result<Option<Slice>> {
         loop {
-            let item = self.items.get(self.item)?;
-            let (parts, blocks) = (item.part_count(self.block_len), item.part_blocks(self.block_len, self.part));
-            if self.part >= parts {
-                (self.item, self.part, self.start) = (self.item + 1, 0, 0);
-            } else if self.start >= blocks {
-                (self.part, self.start) = (self.part + 1, 0);
-            } else {
+            if let Some(slice) = self.cut() {
+                return Ok(Some(slice));
+            }
+            run.wait_for_room();
+            if run.failed.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let Some(work) = self.work.next().transpose()? else { return Ok(None) };
+            let number = self.number;
+            self.number += 1;
+            match work {
+                Work::Copy(item) if item.part_count(self.block_len) > 0 => {
+                    self.open = Some(Arc::new(OpenItem::new(number, item, self.block_len)));
+                }
+                Work::Copy(item) => run.order.deliver(number, Some(item.entry))?,
+                Work::Done(entry) => run.order.deliver(number, Some(entry))?,
+            }
+        }
+    }
+
+    /// The next slice of the item at hand.
+    fn cut(&mut self) -> Option<Slice> {
+        let open = self.open.as_ref()?;
+        let parts = open.item.part_count(self.block_len);
+        while self.part < parts {
+            let blocks = open.item.part_blocks(self.block_len, self.part);
+            if self.start < blocks {
                 let (start, count) = (self.start, SLICE_BLOCKS.min(blocks - self.start));
                 self.start += count;
                 let last = self.part + 1 == parts && self.start == blocks;
-                let to_end = last && item.is_read_to_its_end();
-                return Some(Slice { item: self.item, part: self.part, start, count, to_end });
+                let to_end = last && open.item.is_read_to_its_end();
+                return Some(Slice { open: Arc::clone(open), part: self.part, start, count, to_end });
             }
+            (self.part, self.start) = (self.part + 1, 0);
         }
+        (self.open, self.part, self.start) = (None, 0, 0);
+        None
     }
 }
 
@@ -86,9 +111,9 @@ impl Run<'_> {
     /// Opens and asks for slices until there are no more, or nobody takes them.
     pub fn feed(&self, slices: &Mutex<Slices<'_>>, to: &Sender<Slice>) -> Result<()> {
         while !self.failed.load(Ordering::Relaxed) {
-            let Some(slice) = lock(slices).next() else { break };
-            let asked = self.ask_for(slice).inspect_err(|_| self.failed.store(true, Ordering::Relaxed));
-            asked?;
+            let slice = lock(slices).next(self);
+            let Some(slice) = slice? else { break };
+            self.ask_for(&slice)?;
             if to.send(slice).is_err() {
                 break;
             }
@@ -96,14 +121,13 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn ask_for(&self, slice: Slice) -> Result<()> {
-        let open = self.open_item(slice.item);
-        let reader = self.reader(slice.item, &open)?;
+    fn ask_for(&self, slice: &Slice) -> Result<()> {
+        let reader = self.reader(&slice.open)?;
         let block_len = self.copier.block_len as u64;
         let part = u64::from(slice.part) * u64::from(PART_BLOCKS);
         for range in self.ranges(slice) {
             let mut offset = (part + u64::from(range.start)) * block_len;
-            let end = self.items[slice.item].entry.len.min((part + u64::from(range.end)) * block_len);
+            let end = slice.open.item.entry.len.min((part + u64::from(range.end)) * block_len);
             while offset < end {
                 let len = PIECE_LEN.min(end - offset);
                 self.copier.rate.take(len);

@@ -7,8 +7,9 @@ use jiff::Timestamp;
 
 use super::audit::Audit;
 use super::changes::Question;
-use super::copy::{Changes, Content, Copier, Item, Totals};
+use super::copy::{Changes, Content, Copier, Item, Totals, Work};
 use super::judge::{Judge, Suspect};
+use super::order::Take;
 use super::plan::{Plan, Source, must_be_as_it_was, plan};
 use super::rate::RateLimit;
 use super::salvage::Salvage;
@@ -21,10 +22,14 @@ use crate::pg::{BackupLabel, ClusterState, ControlFile, Lsn, RelationFile, Timel
 use crate::progress::{Phase, Progress};
 use crate::repo::{
     BackupId, BackupSummary, ByteString, CorruptPage, FileEntry, FileKind, HistoryMark, Lease, LeaseRequest,
-    MAX_CORRUPT_PAGES, Manifest, Operation, PackKind, Packer, Repository, Setting, Stack, TableCursor, WalSpan,
+    MAX_CORRUPT_PAGES, Manifest, Operation, PackKind, PackName, Packer, PagePlace, Repository, Setting, Stack,
+    TableCursor, TableWriter, WalSpan,
 };
 use crate::source::{Entry, EntryKind, FileSetting, Listing, Session};
 
+/// What is copied after everything else: paths begin with these.
+const LATE: [&[u8]; 3] = [b"/", CONTROL, b"pg_wal/"];
+const CONTROL: &[u8] = b"global/pg_control";
 /// How long the server may take to write the WAL of the backup's end to disk.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -49,7 +54,7 @@ pub(super) enum Attempt {
 
 /// Everything that a backup found, before it is committed.
 pub(super) struct Found {
-    pub(super) entries: Vec<FileEntry>,
+    pub(super) table: Finished,
     pub(super) listing: Listing,
     pub(super) bounds: Bounds,
     pub(super) wal: Vec<WalSpan>,
@@ -68,7 +73,6 @@ pub(super) struct Run<'r, 'p> {
     pub(super) salvage: Option<Salvage<'r>>,
     pub(super) start_time: Timestamp,
     pub(super) data: Packer,
-    pub(super) map: Packer,
     pub(super) totals: Totals,
     pub(super) rate: RateLimit,
     pub(super) jobs: usize,
@@ -110,15 +114,13 @@ impl<'r, 'p> Run<'r, 'p> {
         salvage: Option<Salvage<'r>>,
         progress: &'p dyn Progress,
     ) -> Self {
-        let packer = |kind| Packer::new(Arc::clone(plan.repo.store()), plan.options.cluster.clone(), id, kind);
         Self {
             progress,
             id,
             lease: Arc::new(lease),
             salvage,
             start_time,
-            data: packer(PackKind::Data),
-            map: packer(PackKind::Map),
+            data: packer(&plan, id, PackKind::Data),
             totals: Totals::default(),
             rate: RateLimit::new(plan.options.max_rate),
             jobs: crate::os::worker_count(plan.options.jobs),
@@ -137,13 +139,15 @@ impl<'r, 'p> Run<'r, 'p> {
         }
         self.detect(start, &listing)?;
         let judge = self.judge(start);
-        let mut entries = self.copy_cluster(&listing, judge.as_ref())?;
-        let (control_entry, control) = self.copy_control(&listing)?;
-        entries.push(control_entry);
-        entries.extend(self.copy_external()?);
+        let map = packer(&self.plan, self.id, PackKind::Map);
+        let mut table = Table::new(&map, self.plan.parent.as_ref());
+        self.copy_cluster(&listing, judge.as_ref(), &map, &mut table)?;
+        let (control_entry, control) = self.copy_control(&listing, &map)?;
+        let mut late = vec![control_entry];
+        late.extend(self.copy_external(&map)?);
         let bounds = self.stop(start, &control)?;
         let range = self.wal_range(&bounds);
-        entries.extend(self.copy_wal(range)?);
+        late.extend(self.copy_wal(range, &map)?);
         self.data.close()?;
         // After the copy: a segment that was recycled meanwhile is found out.
         if let Some(why) = wal::prove(self.plan.source.data_dir(), range, &self.plan.control)? {
@@ -159,10 +163,10 @@ impl<'r, 'p> Run<'r, 'p> {
                 self.progress.notice(&notice);
             }
         }
-        entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+        let table = table.finish(late)?;
         let history_mark = self.history_mark(&bounds)?;
-        let found = Found { entries, listing, bounds, wal, control, history_mark, corrupt_pages, settings };
-        self.commit(found, begun).map(|report| Attempt::Done(Box::new(report)))
+        let found = Found { table, listing, bounds, wal, control, history_mark, corrupt_pages, settings };
+        self.commit(found, map, begun).map(|report| Attempt::Done(Box::new(report)))
     }
 
     /// Begins the backup on the server; `None` for a stopped cluster.
@@ -188,7 +192,6 @@ impl<'r, 'p> Run<'r, 'p> {
             Source::Offline { .. } => None,
         };
         let timeline = session.map_or(Ok(control.timeline), Session::current_timeline)?;
-        let len = |entry: &Entry| if let EntryKind::File { len } = entry.kind { len } else { 0 };
         let start = start.unwrap_or(control.redo);
         let question = Question {
             repo: plan.repo,
@@ -199,7 +202,7 @@ impl<'r, 'p> Run<'r, 'p> {
             wal_archive: plan.options.wal_archive.as_deref(),
             start,
             timeline,
-            cluster_bytes: listing.entries.iter().map(len).sum(),
+            cluster_bytes: listing.entries.file_bytes(),
             notice: &|text| self.progress.notice(text),
         };
         let found = question.answer(plan.options.detector)?;
@@ -240,52 +243,49 @@ impl<'r, 'p> Run<'r, 'p> {
     }
 
     /// Copies everything of the data directory but `pg_control`.
-    fn copy_cluster(&self, listing: &Listing, judge: Option<&Judge>) -> Result<Vec<FileEntry>> {
+    fn copy_cluster(
+        &self,
+        listing: &Listing,
+        judge: Option<&Judge>,
+        map: &Packer,
+        table: &mut Table<'_>,
+    ) -> Result<()> {
         let version_dir = self.plan.control.tablespace_version_dir();
+        let block_len = self.plan.control.block_size.as_u64();
         let mut parent = TableCursor::new(self.plan.repo, self.plan.parent.as_ref());
-        let mut entries = Vec::new();
-        let mut items = Vec::new();
-        for listed in &listing.entries {
-            let entry = file_entry(listed);
+        let listed = listing.entries.iter().filter(|listed| *listed.path != *CONTROL);
+        let mut work = listed.map(|listed| {
+            let entry = file_entry(&listed);
             if entry.kind == FileKind::Directory {
-                entries.push(entry);
-            } else if *entry.path != *b"global/pg_control" {
-                let parent = parent.find(&entry.path)?;
-                let relation = RelationFile::parse_path(&entry.path, &version_dir);
-                items.push(Item { entry, content: Content::DataDirectory, relation, parent });
+                return Ok(Work::Done(entry));
             }
-        }
-        if let Some(changes) = self.changes() {
-            let block_len = self.plan.control.block_size.as_u64();
-            items.retain(|item| match item.unchanged(changes, block_len) {
-                Some(entry) => {
-                    entries.push(entry);
-                    false
-                }
-                None => true,
-            });
-        }
-        let bytes = items.iter().map(|item| item.entry.len).sum();
-        self.progress.begin(Phase::Copying, bytes);
-        entries.extend(self.copy(&items, judge)?);
-        Ok(entries)
+            let parent = parent.find(&entry.path)?;
+            let relation = RelationFile::parse_path(&entry.path, &version_dir);
+            let item = Item { entry, content: Content::DataDirectory, relation, parent };
+            let unchanged = self.changes().and_then(|changes| item.unchanged(changes, block_len));
+            if let Some(entry) = &unchanged {
+                self.progress.advance(entry.len);
+            }
+            Ok(unchanged.map_or(Work::Copy(item), Work::Done))
+        });
+        self.progress.begin(Phase::Copying, listing.entries.file_bytes());
+        self.copy(&mut work, listing.entries.len(), judge, map, &mut |entry| table.push(entry))
     }
 
     /// Copies `pg_control`, as it is after everything else.
-    fn copy_control(&self, listing: &Listing) -> Result<(FileEntry, ControlFile)> {
-        let path = b"global/pg_control";
-        let listed = listing.entries.iter().find(|entry| *entry.path == *path);
+    fn copy_control(&self, listing: &Listing, map: &Packer) -> Result<(FileEntry, ControlFile)> {
+        let listed = listing.entries.find(CONTROL);
         let listed = listed.ok_or_else(|| Error::invalid("there is no global/pg_control"))?;
         let (bytes, control) = self.plan.source.data_dir().read_control()?;
-        let entry = FileEntry { len: bytes.len() as u64, ..file_entry(listed) };
-        let parent = TableCursor::new(self.plan.repo, self.plan.parent.as_ref()).find(path)?;
+        let entry = FileEntry { len: bytes.len() as u64, ..file_entry(&listed) };
+        let parent = TableCursor::new(self.plan.repo, self.plan.parent.as_ref()).find(CONTROL)?;
         let item = Item { entry, content: Content::Bytes(Arc::from(bytes)), relation: None, parent };
-        let copied = self.copy(&[item], None)?.pop();
+        let copied = self.copy_few(vec![item], map)?.pop();
         Ok((copied.ok_or_else(|| Error::bug("pg_control was not copied"))?, control))
     }
 
     /// Copies `pg_hba.conf` and `pg_ident.conf` from wherever the server has them, if that is not the data directory.
-    fn copy_external(&self) -> Result<Vec<FileEntry>> {
+    fn copy_external(&self, map: &Packer) -> Result<Vec<FileEntry>> {
         let Source::Live { session, data_dir } = &self.plan.source else { return Ok(Vec::new()) };
         let server = session.server();
         let mut items = Vec::new();
@@ -297,13 +297,13 @@ impl<'r, 'p> Run<'r, 'p> {
                 items.push(Item { entry, content: Content::Bytes(Arc::from(bytes)), relation: None, parent: None });
             }
         }
-        self.copy(&items, None)
+        self.copy_few(items, map)
     }
 
     /// Settings from outside the data directory, if the server's `postgresql.conf` lies there.
     fn settings(&self, listing: &Listing) -> Result<Option<Vec<Setting>>> {
         let Source::Live { session, data_dir } = &self.plan.source else {
-            if !listing.entries.iter().any(|entry| *entry.path == *b"postgresql.conf") {
+            if listing.entries.find(b"postgresql.conf").is_none() {
                 let what =
                     "there is no postgresql.conf in the data directory: the server's settings are not in this backup";
                 self.progress.notice(what);
@@ -317,8 +317,27 @@ impl<'r, 'p> Run<'r, 'p> {
         Ok(Some(session.file_settings()?.into_iter().map(setting).collect()))
     }
 
-    fn copy(&self, items: &[Item], judge: Option<&Judge>) -> Result<Vec<FileEntry>> {
-        let stack = Stack { repo: self.plan.repo, parent: self.plan.parent.as_ref(), map: &self.map };
+    /// Copies a few items; their entries in the same order.
+    fn copy_few(&self, items: Vec<Item>, map: &Packer) -> Result<Vec<FileEntry>> {
+        let mut entries = Vec::new();
+        let count = items.len();
+        let mut work = items.into_iter().map(|item| Ok(Work::Copy(item)));
+        self.copy(&mut work, count, None, map, &mut |entry| {
+            entries.push(entry);
+            Ok(())
+        })?;
+        Ok(entries)
+    }
+
+    fn copy(
+        &self,
+        work: &mut (dyn Iterator<Item = Result<Work>> + Send),
+        count: usize,
+        judge: Option<&Judge>,
+        map: &Packer,
+        take: &mut Take<'_>,
+    ) -> Result<()> {
+        let stack = Stack { repo: self.plan.repo, parent: self.plan.parent.as_ref(), map };
         let health = || match &self.plan.source {
             Source::Live { session, .. } => session.check_alive(),
             Source::Offline { .. } => Ok(()),
@@ -338,7 +357,7 @@ impl<'r, 'p> Run<'r, 'p> {
             progress: self.progress,
             totals: &self.totals,
         };
-        copier.run(items)
+        copier.run(work, count, take)
     }
 
     fn changes(&self) -> Option<Changes<'_>> {
@@ -407,12 +426,12 @@ impl<'r, 'p> Run<'r, 'p> {
         }
     }
 
-    fn copy_wal(&self, range: WalRange) -> Result<Vec<FileEntry>> {
+    fn copy_wal(&self, range: WalRange, map: &Packer) -> Result<Vec<FileEntry>> {
         let items = wal::items(self.plan.source.data_dir(), range)?;
-        self.progress.begin(Phase::Wal, items.iter().map(|item| item.entry.len).sum());
-        let entries = self.copy(&items, None)?;
-        let len = |entries: &mut dyn Iterator<Item = &FileEntry>| entries.map(|entry| entry.len).sum::<u64>();
-        if len(&mut entries.iter()) != len(&mut items.iter().map(|item| &item.entry)) {
+        let len = items.iter().map(|item| item.entry.len).sum();
+        self.progress.begin(Phase::Wal, len);
+        let entries = self.copy_few(items, map)?;
+        if entries.iter().map(|entry| entry.len).sum::<u64>() != len {
             return Err(Error::new(ErrorKind::Unavailable, "a WAL file changed its length while it was copied"));
         }
         Ok(entries)
@@ -457,6 +476,58 @@ impl<'r, 'p> Run<'r, 'p> {
             reason: suspect.fault.to_string(),
         };
         suspects.iter().take(MAX_CORRUPT_PAGES).map(describe).collect()
+    }
+}
+
+fn packer(plan: &Plan<'_>, run: BackupId, kind: PackKind) -> Packer {
+    Packer::new(Arc::clone(plan.repo.store()), plan.options.cluster.clone(), run, kind)
+}
+
+/// The file table that is being written, and what the manifest says of its files.
+struct Table<'a> {
+    writer: TableWriter<'a>,
+    counts: Counts,
+}
+
+/// What a manifest says of all files.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Counts {
+    pub(super) cluster_bytes: u64,
+    pub(super) wal_bytes: u64,
+    pub(super) files: u64,
+}
+
+/// A file table that is written.
+pub(super) struct Finished {
+    pub(super) pages: Vec<PagePlace>,
+    /// Every pack that it needs.
+    pub(super) packs: Vec<PackName>,
+    pub(super) counts: Counts,
+}
+
+impl<'a> Table<'a> {
+    fn new(map: &'a Packer, parent: Option<&Manifest>) -> Self {
+        let known: &[PagePlace] = parent.map_or(&[], |parent| &parent.pages);
+        Self { writer: TableWriter::expecting(map, known, &LATE), counts: Counts::default() }
+    }
+
+    fn push(&mut self, entry: FileEntry) -> Result<()> {
+        self.counts.add(&entry);
+        self.writer.push(entry)
+    }
+
+    fn finish(mut self, late: Vec<FileEntry>) -> Result<Finished> {
+        late.iter().for_each(|entry| self.counts.add(entry));
+        let (pages, packs) = self.writer.finish_with(late)?;
+        Ok(Finished { pages, packs, counts: self.counts })
+    }
+}
+
+impl Counts {
+    fn add(&mut self, entry: &FileEntry) {
+        let bytes = if entry.kind == FileKind::Wal { &mut self.wal_bytes } else { &mut self.cluster_bytes };
+        *bytes += entry.len;
+        self.files += u64::from(entry.kind == FileKind::File);
     }
 }
 

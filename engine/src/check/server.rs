@@ -163,7 +163,7 @@ fn len(kind: &EntryKind) -> Option<u64> {
 
 fn bytes(listing: &Listing, tablespace_version_dir: &str) -> Bytes {
     let mut bytes = Bytes { cluster: 0, relations: 0 };
-    for entry in &listing.entries {
+    for entry in listing.entries.iter() {
         let len = len(&entry.kind).unwrap_or(0);
         bytes.cluster += len;
         if RelationFile::parse_path(&entry.path, tablespace_version_dir).is_some() {

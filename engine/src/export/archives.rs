@@ -37,7 +37,9 @@ use tar::{Builder, EntryType, Header};
 
 use super::files::archived_marks;
 use crate::error::{Error, ErrorKind, Result};
-use crate::extract::{Choice, Chosen, Listed, Opened, Sink, TargetFile, Writer, Written, must_be_usable};
+use crate::extract::{
+    Choice, Chosen, EntryPlace, Listed, Opened, Sink, TargetFile, TargetFiles, Writer, Written, must_be_usable,
+};
 use crate::pg::{TablespaceOid, canonical_decimal};
 use crate::progress::{Phase, Progress};
 use crate::repo::{FileEntry, FileKind, TAKE_ANOTHER};
@@ -59,7 +61,7 @@ const MAP: &[u8] = b"tablespace_map";
 pub(super) struct Archives<'r> {
     chosen: Chosen<'r>,
     target: Target,
-    files: Vec<TargetFile>,
+    files: TargetFiles,
     /// For each file, in which archive its bytes are, and where.
     places: Vec<(usize, u64)>,
     archives: Vec<Archive>,
@@ -170,7 +172,7 @@ impl Archive {
 struct Layout {
     tablespaces: BTreeMap<TablespaceOid, usize>,
     archives: Vec<Archive>,
-    files: Vec<TargetFile>,
+    files: TargetFiles,
     places: Vec<(usize, u64)>,
 }
 
@@ -180,7 +182,7 @@ impl Layout {
         let names = tablespaces.keys().map(|oid| format!("{oid}.tar"));
         let names = names.chain(["base.tar", "pg_wal.tar"].map(str::to_owned));
         let archives = names.map(Archive::new).collect();
-        Self { tablespaces, archives, files: Vec::new(), places: Vec::new() }
+        Self { tablespaces, archives, files: TargetFiles::default(), places: Vec::new() }
     }
 
     fn base(&mut self) -> &mut Archive {
@@ -210,16 +212,15 @@ impl Layout {
         Some((*self.tablespaces.get(&TablespaceOid::new(canonical_decimal(oid)?))?, rest))
     }
 
-    fn add(&mut self, chosen: &Chosen<'_>, entry: FileEntry) -> Result<()> {
-        let owner = chosen.owner_of(&entry);
+    fn add(&mut self, chosen: &Chosen<'_>, entry: &FileEntry, at: EntryPlace) -> Result<()> {
+        let owner = chosen.owner_of(entry);
         let Some((archive, name)) = self.place(&entry.path, entry.kind) else { return Ok(()) };
         if entry.kind == FileKind::Directory {
             return self.archives[archive].push(name, Content::Directory, owner).map(drop);
         }
         let begin = self.archives[archive].push(name, Content::File(entry.len), owner)?;
         self.places.push((archive, begin));
-        self.files.push(TargetFile::new(entry, owner));
-        Ok(())
+        self.files.push(entry, at, owner)
     }
 
     /// Adds what we make of the backup's manifest.
@@ -234,17 +235,22 @@ impl Layout {
     }
 
     /// Adds what is in the file table, but returns `pg_control`.
-    fn add_entries(&mut self, chosen: &Chosen<'_>, target: &Target, choose: &Choice<'_>) -> Result<Option<FileEntry>> {
+    fn add_entries(
+        &mut self,
+        chosen: &Chosen<'_>,
+        target: &Target,
+        choose: &Choice<'_>,
+    ) -> Result<Option<(FileEntry, EntryPlace)>> {
         let mut control = None;
-        chosen.entries(|entry| {
+        chosen.entries(|entry, at| {
             target.path(&entry.path)?;
             let chosen_entry = match entry.kind {
                 FileKind::Directory => Some(entry),
                 _ => choose(&chosen.manifest, &self.files, entry),
             };
             match chosen_entry {
-                Some(entry) if entry.path == CONTROL => control = Some(entry),
-                Some(entry) => self.add(chosen, entry)?,
+                Some(entry) if entry.path == CONTROL => control = Some((entry, at)),
+                Some(entry) => self.add(chosen, &entry, at)?,
                 None => {}
             }
             Ok(())
@@ -289,7 +295,7 @@ impl<'r> Archives<'r> {
         if !has_map {
             layout.add_links(&chosen, spaces)?;
         }
-        control.map_or(Ok(()), |entry| layout.add(&chosen, entry))?;
+        control.map_or(Ok(()), |(entry, at)| layout.add(&chosen, &entry, at))?;
         layout.add_marks(&chosen)?;
         let Layout { mut archives, files, places, .. } = layout;
         archives.iter_mut().for_each(|archive| archive.len += END_LEN);
@@ -314,7 +320,7 @@ impl<'r> Archives<'r> {
     fn write_all(&self, jobs: Option<NonZeroUsize>, progress: &dyn Progress) -> Result<Written> {
         let roots = self.target.open_roots()?;
         let open = OpenArchives { places: &self.places, open: self.make()? };
-        progress.begin(Phase::Restoring, self.files.iter().map(|file| file.entry.len).sum());
+        progress.begin(Phase::Restoring, self.files.bytes());
         for (archive, file) in self.archives.iter().zip(&open.open) {
             archive.write_frame(file, self.chosen.manifest.stop_time)?;
         }
@@ -341,7 +347,7 @@ impl<'r> Archives<'r> {
             Content::Made(bytes) => Some(Listed::of(&member.name, bytes)),
             _ => None,
         });
-        let stored = self.files.iter().filter(|file| file.entry.kind != FileKind::Wal).map(Listed::from);
+        let stored = self.files.listed(|file| file.kind != FileKind::Wal);
         self.chosen.write_pg_manifest(file, made.chain(stored))
     }
 
@@ -375,11 +381,11 @@ struct OpenArchives<'a> {
 }
 
 impl Sink for OpenArchives<'_> {
-    fn make(&self, index: usize, file: &TargetFile) -> Result<Opened> {
+    fn make(&self, index: usize, file: TargetFile<'_>) -> Result<Opened> {
         self.open(index, file)
     }
 
-    fn open(&self, index: usize, _: &TargetFile) -> Result<Opened> {
+    fn open(&self, index: usize, _: TargetFile<'_>) -> Result<Opened> {
         let (archive, begin) = self.places[index];
         Ok(Opened { file: Arc::clone(&self.open[archive]), begin })
     }

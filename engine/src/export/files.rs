@@ -33,7 +33,7 @@ use serde::Serialize;
 
 use super::archives::Archives;
 use crate::error::{Error, Result};
-use crate::extract::{CONF, Chosen, MAX_CONF_LEN, REPLACED, TargetFile, Tree, Written};
+use crate::extract::{CONF, Chosen, MAX_CONF_LEN, REPLACED, TargetFiles, Tree, Written};
 use crate::pg::{WalSegmentName, WalSegmentSize, parse_history_file_name};
 use crate::progress::Progress;
 use crate::repo::{BackupSummary, ClusterName, FileEntry, FileKind, Lease, Manifest, Operation, Repository};
@@ -129,7 +129,7 @@ pub fn plan_files<'r>(
     let mut chosen = Chosen::find(repo, cluster, backup)?;
     chosen.starts_as_it_is = chosen.manifest.offline;
     let left_out = RefCell::new(Vec::new());
-    let choose = |_: &Manifest, _: &[TargetFile], entry: FileEntry| {
+    let choose = |_: &Manifest, _: &TargetFiles, entry: FileEntry| {
         if entry.kind == FileKind::External {
             left_out.borrow_mut().push(entry.display_path().trim_start_matches('/').escape_debug().to_string());
         }
@@ -217,7 +217,7 @@ fn warn_of_original(tree: &Tree<'_>, progress: &dyn Progress) -> Result<()> {
 }
 
 /// Paths of the marks, by which a server knows which of its WAL files are archived already.
-pub(super) fn archived_marks(chosen: &Chosen<'_>, files: &[TargetFile]) -> Result<Vec<Vec<u8>>> {
+pub(super) fn archived_marks(chosen: &Chosen<'_>, files: &TargetFiles) -> Result<Vec<Vec<u8>>> {
     let manifest = &chosen.manifest;
     if manifest.offline {
         return Ok(Vec::new());
@@ -230,7 +230,7 @@ pub(super) fn archived_marks(chosen: &Chosen<'_>, files: &[TargetFile]) -> Resul
         }
         None => parse_history_file_name(name).is_some(),
     };
-    let wal = files.iter().filter(|file| file.entry.kind == FileKind::Wal);
-    let names = wal.filter_map(|file| file.entry.path.strip_prefix(b"pg_wal/"));
+    let wal = files.iter().filter(|file| file.kind == FileKind::Wal);
+    let names = wal.filter_map(|file| file.path.strip_prefix(b"pg_wal/"));
     Ok(names.filter(|name| is_over(name)).map(|name| [b"pg_wal/archive_status/", name, b".done"].concat()).collect())
 }

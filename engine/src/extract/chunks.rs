@@ -6,38 +6,34 @@
 //!     in the order of packs and offsets, on any worker: read neighbouring chunks at once; decompress; prove; write
 //! ```
 //!
-//! The plan of a window is bounded by [`MAX_PIECES`], so memory does not grow with the cluster; a cluster of up to a hundred
-//! gigabytes takes one window. Blocks that are zero are never written: files are made with their length, and stay sparse there.
+//! The plan of a window is bounded by [`MAX_PIECES`], so memory does not grow with the cluster but by the files themselves (files.rs); a cluster of up to
+//! fifty gigabytes takes one window. Block maps are found through the pages of the file table, which are read again for each window that needs them. Blocks that are zero are never written: files are made with their length, and stay sparse there.
 //!
 //! A [`Sink`] says where a file is: it may be one of its own, or a place in an archive.
-//!
-//! Each file's CRC-32C for PostgreSQL's `backup_manifest` is summed up from its pieces in whatever order they come: a CRC is linear, so the
-//! contribution of a piece is its own CRC moved over the bytes that follow it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rayon::prelude::*;
 
 use super::Chosen;
-use super::crc::shift;
+use super::files::{TargetFile, TargetFiles};
 use crate::chunk::{Decoder, Shape};
 use crate::error::{Error, ErrorKind, Result};
 use crate::progress::Progress;
 use crate::repo::{
-    ChunkRef, DataPack, Depth, FileEntry, Layer, Manifest, PART_BLOCKS, PackKind, PackName, PartMap, Repository,
-    TAKE_ANOTHER,
+    ChunkRef, DataPack, Depth, Layer, Manifest, PART_BLOCKS, PackKind, PackName, Repository, TAKE_ANOTHER, read_page,
 };
 use crate::store::ObjectName;
-use crate::target::Owner;
 
-/// Pieces of a window at most; one takes up to 250 bytes while it is planned. A pack has far fewer blocks.
-const MAX_PIECES: usize = 1 << 19;
+/// Pieces of a window at most; one takes up to 200 bytes while it is planned. A pack has fewer blocks.
+const MAX_PIECES: usize = 1 << 18;
 /// Bytes read from a pack at once, at most; one chunk may be longer.
 const READ_LEN: u64 = 1 << 20;
 /// Bytes between two chunks that are read rather than skipped.
@@ -55,13 +51,13 @@ pub(crate) trait Sink: Sync {
     ///
     /// # Errors
     /// When it cannot be made.
-    fn make(&self, index: usize, file: &TargetFile) -> Result<Opened>;
+    fn make(&self, index: usize, file: TargetFile<'_>) -> Result<Opened>;
 
     /// Opens a file that was made.
     ///
     /// # Errors
     /// When it cannot be opened.
-    fn open(&self, index: usize, file: &TargetFile) -> Result<Opened>;
+    fn open(&self, index: usize, file: TargetFile<'_>) -> Result<Opened>;
 }
 
 /// A file, open for writing.
@@ -71,36 +67,6 @@ pub(crate) struct Opened {
     pub file: Arc<File>,
     /// Offset of its first byte there.
     pub begin: u64,
-}
-
-/// A file to write.
-pub(crate) struct TargetFile {
-    /// What the backup says of it.
-    pub entry: FileEntry,
-    /// Owner and mode in the target.
-    pub owner: Owner,
-    made: Mutex<bool>,
-    crc: AtomicU32,
-}
-
-impl TargetFile {
-    /// A file that is not made yet.
-    pub fn new(entry: FileEntry, owner: Owner) -> Self {
-        Self { entry, owner, made: Mutex::new(false), crc: AtomicU32::new(0) }
-    }
-
-    /// The CRC-32C of the file, once all of its pieces are written.
-    pub fn crc32c(&self) -> u32 {
-        // Of an all-zero file, then of what is not zero in it.
-        let zeros = shift(!0, self.entry.len);
-        !(zeros ^ self.crc.load(Ordering::Relaxed))
-    }
-
-    fn add_to_crc(&self, offset: u64, bytes: &[u8]) {
-        let own = !crc32c::crc32c_append(!0, bytes);
-        let moved = shift(own, self.entry.len - offset - bytes.len() as u64);
-        self.crc.fetch_xor(moved, Ordering::Relaxed);
-    }
 }
 
 /// Blocks of a chunk that go to a file.
@@ -118,7 +84,34 @@ struct Piece {
 struct Job {
     pack: DataPack,
     chunk: ChunkRef,
+    /// In the plan's.
+    pieces: Range<usize>,
+}
+
+/// What is written from some packs.
+#[derive(Default)]
+struct Plan {
+    jobs: Vec<Job>,
     pieces: Vec<Piece>,
+}
+
+impl Plan {
+    fn pieces(&self, job: &Job) -> &[Piece] {
+        &self.pieces[job.pieces.clone()]
+    }
+}
+
+/// Packs that are read at once, and the pages of the file table whose files need them.
+struct Window {
+    /// Ascending.
+    packs: Vec<DataPack>,
+    pages: Vec<u32>,
+}
+
+impl Window {
+    fn has(&self, pack: &DataPack) -> bool {
+        self.packs.binary_search(pack).is_ok()
+    }
 }
 
 /// Writes the blocks of all files.
@@ -126,7 +119,9 @@ pub(crate) struct Writer<'a> {
     repo: &'a Repository,
     manifest: &'a Manifest,
     sink: &'a dyn Sink,
-    files: &'a [TargetFile],
+    files: &'a TargetFiles,
+    /// The files by the places of their entries.
+    by_place: Vec<u32>,
     jobs: usize,
     progress: &'a dyn Progress,
     bytes_read: &'a AtomicU64,
@@ -137,96 +132,119 @@ impl<'a> Writer<'a> {
     pub fn new(
         chosen: &'a Chosen<'_>,
         sink: &'a dyn Sink,
-        files: &'a [TargetFile],
+        files: &'a TargetFiles,
         jobs: Option<NonZeroUsize>,
         progress: &'a dyn Progress,
         bytes_read: &'a AtomicU64,
     ) -> Self {
         let jobs = crate::os::worker_count(jobs);
-        Self { repo: chosen.repo, manifest: &chosen.manifest, sink, files, jobs, progress, bytes_read }
+        let mut by_place: Vec<u32> = (0..).take(files.len()).collect();
+        by_place.sort_by_key(|file| files.place(*file as usize));
+        Self { repo: chosen.repo, manifest: &chosen.manifest, sink, files, by_place, jobs, progress, bytes_read }
     }
 
     /// Writes everything, and makes every file, the empty ones too.
     pub fn run(&self) -> Result<()> {
         match self.plan(None)? {
-            Some(jobs) => self.write(&jobs)?,
+            Some(plan) => self.write(&plan)?,
             None => {
                 for window in self.windows()? {
-                    let jobs = self.plan(Some(&window))?;
-                    self.write(&jobs.ok_or_else(|| Error::bug("a window without a plan"))?)?;
+                    let plan = self.plan(Some(&window))?;
+                    self.write(&plan.ok_or_else(|| Error::bug("a window without a plan"))?)?;
                 }
             }
         }
-        self.files.par_iter().enumerate().try_for_each(|(index, file)| {
-            let made = *file.made.lock().unwrap_or_else(PoisonError::into_inner);
-            if made { Ok(()) } else { self.sink.make(index, file).map(drop) }
+        (0..self.files.len()).into_par_iter().try_for_each(|index| {
+            let made = self.files.made(index).is();
+            if made { Ok(()) } else { self.sink.make(index, self.files.get(index)).map(drop) }
         })
     }
 
-    /// Each part that needs a pack of the window, with its flattened map.
-    fn flattened<'w>(
-        &'w self,
-        window: Option<&'w [DataPack]>,
-    ) -> impl ParallelIterator<Item = Result<(u32, u64, Layer)>> + 'w {
-        let needs = move |part: &PartMap| {
-            let wanted = |pack: &PackName| window.is_none_or(|window| window.binary_search(&data_pack(pack)).is_ok());
-            part.data.iter().any(wanted)
-        };
-        self.files.par_iter().enumerate().flat_map_iter(move |(index, file)| {
-            let parts = file.entry.parts.iter().enumerate().filter(move |(_, part)| needs(part));
-            parts.map(move |(number, part)| {
+    /// Gives each part that needs a pack of the window, of the files that a page has, to `take`: the file, the part's first block, its flattened map.
+    fn flatten_page(&self, page: u32, window: Option<&Window>, mut take: impl FnMut(u32, u64, &Layer)) -> Result<()> {
+        let of = |file: &u32| self.files.place(*file as usize);
+        let begin = self.by_place.partition_point(|file| of(file).page < page);
+        let files = self.by_place[begin..].iter().take_while(|file| of(file).page == page);
+        let mut files = files.peekable();
+        if files.peek().is_none() {
+            return Ok(());
+        }
+        let wanted = |pack: &PackName| window.is_none_or(|window| window.has(&data_pack(pack)));
+        let place = &self.manifest.pages[page as usize];
+        let entries = read_page(&**self.repo.store(), &self.manifest.cluster, place)?.entries;
+        for index in files {
+            let (file, entry) = (self.files.get(*index as usize), &entries[usize::from(of(index).slot)]);
+            for (number, part) in entry.parts.iter().enumerate().filter(|(_, part)| part.data.iter().any(wanted)) {
                 let flat = self.repo.flatten(self.manifest, part, Depth::Locations)?;
                 let first_block = number as u64 * u64::from(PART_BLOCKS);
                 self.map_must_fit(file, first_block, &flat)?;
-                Ok((index as u32, first_block, flat))
-            })
-        })
+                take(*index, first_block, &flat);
+            }
+        }
+        Ok(())
+    }
+
+    /// All pages of the file table, or those of a window.
+    fn pages(&self, window: Option<&Window>) -> Vec<u32> {
+        window.map_or_else(|| (0..).take(self.manifest.pages.len()).collect(), |window| window.pages.clone())
     }
 
     /// A map has as many blocks as the file has in that part.
-    fn map_must_fit(&self, file: &TargetFile, first_block: u64, map: &Layer) -> Result<()> {
-        let blocks = file.entry.len.div_ceil(u64::from(self.manifest.block_size)).saturating_sub(first_block);
+    fn map_must_fit(&self, file: TargetFile<'_>, first_block: u64, map: &Layer) -> Result<()> {
+        let blocks = file.len.div_ceil(u64::from(self.manifest.block_size)).saturating_sub(first_block);
         let (found, expected) = (map.locations.block_count, blocks.min(u64::from(PART_BLOCKS)));
         if u64::from(found) == expected {
             return Ok(());
         }
         let what = format!("a block map of {found} blocks where the file has {expected}");
-        Err(Error::corrupt(file.entry.display_path(), what))
+        Err(Error::corrupt(file.display_path(), what))
     }
 
     /// The chunks of a window of packs and their pieces; `None` if they are too many, which they may not be in a given window.
-    fn plan(&self, window: Option<&[DataPack]>) -> Result<Option<Vec<Job>>> {
+    fn plan(&self, window: Option<&Window>) -> Result<Option<Plan>> {
         let count = AtomicUsize::new(0);
         let too_many = || window.is_none() && count.load(Ordering::Relaxed) > MAX_PIECES;
-        let parts = self.flattened(window).map(|flattened| {
-            let (file, first_block, layer) = flattened?;
-            count.fetch_add(layer.locations.extents.len(), Ordering::Relaxed);
-            Ok(if too_many() { Vec::new() } else { pieces(file, first_block, &layer, window) })
-        });
-        let parts: Vec<Vec<(DataPack, ChunkRef, Piece)>> = parts.collect::<Result<_>>()?;
+        let found = Mutex::new(Vec::new());
+        self.pages(window).into_par_iter().filter(|_| !too_many()).try_for_each(|page| {
+            let mut of_page = Vec::new();
+            self.flatten_page(page, window, |file, first_block, layer| {
+                let before = of_page.len();
+                of_page.extend(pieces(file, first_block, layer, window));
+                count.fetch_add(of_page.len() - before, Ordering::Relaxed);
+            })?;
+            found.lock().unwrap_or_else(PoisonError::into_inner).append(&mut of_page);
+            Ok::<_, Error>(())
+        })?;
         if too_many() {
             return Ok(None);
         }
-        let mut all: Vec<_> = parts.into_iter().flatten().collect();
+        let mut all = found.into_inner().unwrap_or_else(PoisonError::into_inner);
         all.par_sort_unstable_by_key(|(pack, chunk, piece)| {
             (*pack, chunk.offset, piece.first, piece.file, piece.block)
         });
-        let mut jobs: Vec<Job> = Vec::new();
+        self.plan_of(all).map(Some)
+    }
+
+    /// Puts the pieces of each chunk together; they are in the order of the packs.
+    fn plan_of(&self, all: Vec<(DataPack, ChunkRef, Piece)>) -> Result<Plan> {
+        let mut plan = Plan { jobs: Vec::new(), pieces: Vec::with_capacity(all.len()) };
         for (pack, chunk, piece) in all {
-            match jobs.last_mut() {
+            let at = plan.pieces.len();
+            plan.pieces.push(piece);
+            match plan.jobs.last_mut() {
                 Some(job) if job.pack == pack && job.chunk.offset == chunk.offset => {
                     if !job.chunk.is_same_chunk(&chunk) {
                         return Err(self.disagreement(pack, &chunk)?);
                     }
-                    job.pieces.push(piece);
+                    job.pieces.end = at + 1;
                 }
                 Some(job) if job.pack == pack && job.chunk.end() > chunk.offset => {
                     return Err(self.disagreement(pack, &chunk)?);
                 }
-                _ => jobs.push(Job { pack, chunk, pieces: vec![piece] }),
+                _ => plan.jobs.push(Job { pack, chunk, pieces: at..at + 1 }),
             }
         }
-        Ok(Some(jobs))
+        Ok(plan)
     }
 
     fn disagreement(&self, pack: DataPack, chunk: &ChunkRef) -> Result<Error> {
@@ -235,40 +253,46 @@ impl<'a> Writer<'a> {
     }
 
     /// Packs in order, cut so that each window's pieces are few enough; one pack makes a window, however many it has.
-    fn windows(&self) -> Result<Vec<Vec<DataPack>>> {
-        let counts = self.flattened(None).map(|flattened| {
-            let mut counts = BTreeMap::new();
-            let locations = flattened?.2.locations;
-            for chunk in locations.extents.iter().filter_map(|extent| extent.chunk()) {
-                *counts.entry(locations.packs[locations.chunks[chunk].pack as usize]).or_insert(0) += 1;
-            }
-            Ok(counts)
+    fn windows(&self) -> Result<Vec<Window>> {
+        let counted = self.pages(None).into_par_iter().map(|page| {
+            let mut counts: BTreeMap<DataPack, usize> = BTreeMap::new();
+            self.flatten_page(page, None, |_, _, Layer { locations, .. }| {
+                for chunk in locations.extents.iter().filter_map(|extent| extent.chunk()) {
+                    *counts.entry(locations.packs[locations.chunks[chunk].pack as usize]).or_default() += 1;
+                }
+            })?;
+            Ok((page, counts.into_iter().collect::<Vec<_>>()))
         });
-        let add = |mut all: BTreeMap<DataPack, usize>, more: BTreeMap<DataPack, usize>| {
-            for (pack, count) in more {
-                *all.entry(pack).or_insert(0) += count;
-            }
-            Ok(all)
-        };
-        let counts = counts.try_reduce(BTreeMap::new, add)?;
-        let mut windows: Vec<Vec<DataPack>> = Vec::new();
+        let counted: Vec<(u32, Vec<(DataPack, usize)>)> = counted.collect::<Result<_>>()?;
+        let mut counts: BTreeMap<DataPack, usize> = BTreeMap::new();
+        for (pack, count) in counted.iter().flat_map(|(_, counts)| counts) {
+            *counts.entry(*pack).or_default() += count;
+        }
+        let mut windows: Vec<Window> = Vec::new();
+        let mut window_of = BTreeMap::new();
         let mut room = 0;
         for (pack, count) in counts {
             match windows.last_mut() {
-                Some(window) if count <= room => window.push(pack),
+                Some(window) if count <= room => window.packs.push(pack),
                 _ => {
-                    windows.push(vec![pack]);
+                    windows.push(Window { packs: vec![pack], pages: Vec::new() });
                     room = MAX_PIECES;
                 }
             }
             room = room.saturating_sub(count);
+            window_of.insert(pack, windows.len() - 1);
+        }
+        for (page, counts) in counted {
+            let needed: BTreeSet<usize> = counts.iter().filter_map(|(pack, _)| window_of.get(pack).copied()).collect();
+            needed.into_iter().for_each(|window| windows[window].pages.push(page));
         }
         Ok(windows)
     }
 
-    /// Writes the pieces of `jobs`. Each worker begins with a share of its own, so that two seldom write to one file at once, and then helps
+    /// Writes the pieces of a plan. Each worker begins with a share of its own, so that two seldom write to one file at once, and then helps
     /// the others.
-    fn write(&self, jobs: &[Job]) -> Result<()> {
+    fn write(&self, plan: &Plan) -> Result<()> {
+        let jobs = plan.jobs.as_slice();
         let batches = batches(jobs);
         let workers = self.jobs.min(batches.len()).max(1);
         let shares: Vec<Share> = (0..workers).map(|worker| Share::of(worker, workers, batches.len())).collect();
@@ -278,6 +302,7 @@ impl<'a> Writer<'a> {
         let work = |own: usize, flusher: Sender<Arc<File>>| {
             let mut worker = Worker {
                 writer: self,
+                plan,
                 open: &open,
                 flusher,
                 decoder: Decoder::new()?,
@@ -349,22 +374,27 @@ fn data_object(manifest: &Manifest, pack: DataPack) -> Result<ObjectName> {
 }
 
 /// The pieces of a flattened part that are in packs of the window.
-fn pieces(file: u32, first_block: u64, layer: &Layer, window: Option<&[DataPack]>) -> Vec<(DataPack, ChunkRef, Piece)> {
+fn pieces<'l>(
+    file: u32,
+    first_block: u64,
+    layer: &'l Layer,
+    window: Option<&'l Window>,
+) -> impl Iterator<Item = (DataPack, ChunkRef, Piece)> + 'l {
     let locations = &layer.locations;
-    let piece = |extent: &crate::repo::Extent| {
+    let piece = move |extent: &crate::repo::Extent| {
         let chunk = locations.chunks[extent.chunk()?];
         let pack = locations.packs[chunk.pack as usize];
-        let wanted = window.is_none_or(|window| window.binary_search(&pack).is_ok());
+        let wanted = window.is_none_or(|window| window.has(&pack));
         let count = u16::try_from(extent.count).unwrap_or(u16::MAX);
         let piece = Piece { file, block: first_block + u64::from(extent.start), first: extent.first, count };
         wanted.then_some((pack, chunk, piece))
     };
-    locations.extents.iter().filter_map(piece).collect()
+    locations.extents.iter().filter_map(piece)
 }
 
 /// Runs of jobs that are read at once.
-fn batches(jobs: &[Job]) -> Vec<std::ops::Range<usize>> {
-    let mut batches: Vec<std::ops::Range<usize>> = Vec::new();
+fn batches(jobs: &[Job]) -> Vec<Range<usize>> {
+    let mut batches: Vec<Range<usize>> = Vec::new();
     let mut begin = 0;
     let mut end = 0;
     for (index, Job { pack, chunk, .. }) in jobs.iter().enumerate() {
@@ -400,13 +430,13 @@ impl OpenFiles {
             return Ok(file);
         }
         let at = index as usize;
-        let target = &writer.files[at];
-        let mut made = target.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let target = writer.files.get(at);
+        let made = writer.files.made(at);
         if let Some(file) = self.find(index) {
             return Ok(file);
         }
-        let file = if *made { writer.sink.open(at, target)? } else { writer.sink.make(at, target)? };
-        *made = true;
+        let file = if made.is() { writer.sink.open(at, target)? } else { writer.sink.make(at, target)? };
+        made.set();
         let mut open = self.list();
         if open.len() == OPEN_FILES {
             open.pop_front();
@@ -426,6 +456,7 @@ impl OpenFiles {
 
 struct Worker<'w, 'a> {
     writer: &'w Writer<'a>,
+    plan: &'w Plan,
     open: &'w OpenFiles,
     flusher: Sender<Arc<File>>,
     decoder: Decoder,
@@ -466,23 +497,23 @@ impl Worker<'_, '_> {
         let shape = Shape { block_len, block_count: usize::from(job.chunk.block_count) };
         let stored = &self.stored[from..from + job.chunk.stored_len as usize];
         let decoded = self.decoder.decode(job.chunk.codec, stored, shape, job.chunk.id);
-        let (raw, _) = decoded.map_err(|error| hurt(self.writer.files, job, object, &error))?;
-        for piece in &job.pieces {
-            let file = &self.writer.files[piece.file as usize];
+        let (raw, _) = decoded.map_err(|error| hurt(self.writer, self.plan, job, object, &error))?;
+        for piece in self.plan.pieces(job) {
+            let file = self.writer.files.get(piece.file as usize);
             let blocks = &raw[usize::from(piece.first) * block_len..][..usize::from(piece.count) * block_len];
             let offset = piece.block * block_len as u64;
-            let len = usize::try_from(file.entry.len.saturating_sub(offset)).unwrap_or(usize::MAX).min(blocks.len());
+            let len = usize::try_from(file.len.saturating_sub(offset)).unwrap_or(usize::MAX).min(blocks.len());
             let bytes = &blocks[..len];
             let open = self.open.get(self.writer, piece.file)?;
             let written = open.file.write_all_at(bytes, open.begin + offset);
-            written.map_err(|e| Error::io("write", file.entry.display_path().as_ref(), e))?;
+            written.map_err(|e| Error::io("write", file.display_path().as_ref(), e))?;
             self.unflushed += len;
             if self.unflushed >= FLUSH_LEN {
                 // Who is busy flushing comes to this file later, or the sync at the end does.
                 let _ = self.flusher.try_send(open.file);
                 self.unflushed = 0;
             }
-            file.add_to_crc(offset, bytes);
+            self.writer.files.add_to_crc(piece.file as usize, offset, bytes);
             self.writer.progress.advance(len as u64);
         }
         Ok(())
@@ -490,45 +521,10 @@ impl Worker<'_, '_> {
 }
 
 /// The error of a damaged chunk, with what it hurts.
-fn hurt(files: &[TargetFile], job: &Job, object: &str, error: &Error) -> Error {
-    let piece = job.pieces.first();
-    let file = piece.map(|piece| files[piece.file as usize].entry.display_path()).unwrap_or_default();
+fn hurt(writer: &Writer<'_>, plan: &Plan, job: &Job, object: &str, error: &Error) -> Error {
+    let piece = plan.pieces(job).first();
+    let file = piece.map(|piece| writer.files.get(piece.file as usize).display_path()).unwrap_or_default();
     let block = piece.map_or(0, |piece| piece.block);
     let what = format!("{}; {file} has its block {block} there", error.what());
     Error::corrupt(format!("{object} at {}", job.chunk.offset), what).hint(TAKE_ANOTHER)
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::repo::FileKind;
-
-    proptest! {
-        #[test]
-        fn the_crc_of_a_file_is_that_of_its_pieces_in_any_order(
-            bytes in prop::collection::vec(prop_oneof![Just(0u8), any::<u8>()], 0..300),
-            cuts in prop::collection::vec(1usize..40, 0..20),
-            backwards: bool,
-        ) {
-            let len = bytes.len() as u64;
-            let entry = FileEntry { path: Vec::new(), kind: FileKind::File, mode: 0, uid: 0, gid: 0, len, parts: Vec::new() };
-            let file = TargetFile::new(entry, Owner { uid: 0, gid: 0, mode: 0 });
-            let mut pieces = Vec::new();
-            let mut at = 0;
-            for cut in cuts.into_iter().chain([bytes.len()]) {
-                let end = (at + cut).min(bytes.len());
-                pieces.push((at as u64, &bytes[at..end]));
-                at = end;
-            }
-            if backwards {
-                pieces.reverse();
-            }
-            for (offset, piece) in pieces.into_iter().filter(|(_, piece)| piece.iter().any(|byte| *byte != 0)) {
-                file.add_to_crc(offset, piece);
-            }
-            prop_assert_eq!(file.crc32c(), crc32c::crc32c(&bytes));
-        }
-    }
 }

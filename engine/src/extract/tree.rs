@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use super::{Chosen, Listed, Opened, Sink, TargetFile, Writer, must_be_usable, must_lie_apart};
+use super::{Chosen, Listed, Opened, Sink, TargetFile, TargetFiles, Writer, must_be_usable, must_lie_apart};
 use crate::error::{ErrorKind, Result};
 use crate::pg::TablespaceOid;
 use crate::progress::{Phase, Progress};
@@ -32,7 +32,7 @@ pub(crate) struct Tree<'r> {
     /// The directories.
     pub target: Target,
     directories: Vec<FileEntry>,
-    files: Vec<TargetFile>,
+    files: TargetFiles,
 }
 
 /// How much was read and written.
@@ -44,7 +44,7 @@ pub(crate) struct Written {
 }
 
 /// What to do with a file of the backup: write it, perhaps under another name, or leave it out. It sees the files before it, too.
-pub(crate) type Choice<'a> = dyn Fn(&Manifest, &[TargetFile], FileEntry) -> Option<FileEntry> + 'a;
+pub(crate) type Choice<'a> = dyn Fn(&Manifest, &TargetFiles, FileEntry) -> Option<FileEntry> + 'a;
 
 impl<'r> Tree<'r> {
     /// Decides what goes where, without changing anything.
@@ -55,43 +55,32 @@ impl<'r> Tree<'r> {
         must_be_usable(chosen.repo, target)?;
         let target = Target::new(target, chosen.tablespaces(map)?)?;
         target.roots().try_for_each(|root| must_lie_apart(chosen.repo, root))?;
-        let (mut directories, mut files) = (Vec::new(), Vec::new());
-        chosen.entries(|entry| {
+        let (mut directories, mut files) = (Vec::new(), TargetFiles::default());
+        let mut root_bytes = vec![0; target.roots().count()];
+        chosen.entries(|entry, place| {
             if entry.kind == FileKind::Directory {
                 target.path(&entry.path)?;
                 directories.push(entry);
             } else if let Some(entry) = choose(&chosen.manifest, &files, entry) {
-                target.path(&entry.path)?;
-                let owner = chosen.owner_of(&entry);
-                files.push(TargetFile::new(entry, owner));
+                let path = target.path(&entry.path)?;
+                let root = target.roots().position(|root| path.starts_with(root)).unwrap_or(0);
+                root_bytes[root] += entry.len;
+                files.push(&entry, place, chosen.owner_of(&entry))?;
             }
             Ok(())
         })?;
-        files.sort_unstable_by(|a, b| a.entry.path.cmp(&b.entry.path));
-        let tree = Self { chosen, target, directories, files };
-        tree.target.check(&tree.bytes_of_roots()?)?;
-        Ok(tree)
+        target.check(&root_bytes)?;
+        Ok(Self { chosen, target, directories, files })
     }
 
-    /// How many bytes go to each of the target's roots.
-    fn bytes_of_roots(&self) -> Result<Vec<u64>> {
-        let mut bytes = vec![0; self.target.roots().count()];
-        for file in &self.files {
-            let path = self.target.path(&file.entry.path)?;
-            let root = self.target.roots().position(|root| path.starts_with(root)).unwrap_or(0);
-            bytes[root] += file.entry.len;
-        }
-        Ok(bytes)
-    }
-
-    /// The files, ordered by path.
-    pub fn files(&self) -> &[TargetFile] {
+    /// The files.
+    pub fn files(&self) -> &TargetFiles {
         &self.files
     }
 
     /// Whether there is a file of that path.
     pub fn has(&self, path: &[u8]) -> bool {
-        self.files.binary_search_by(|file| file.entry.path.as_slice().cmp(path)).is_ok()
+        self.files.iter().any(|file| file.path == path)
     }
 
     /// Writes everything; `add` adds files before the links to tablespaces are made, the owners set and everything is durable.
@@ -116,7 +105,7 @@ impl<'r> Tree<'r> {
         add: impl FnOnce() -> Result<()>,
     ) -> Result<Written> {
         let Self { chosen, target, .. } = self;
-        let bytes_written = self.files.iter().map(|file| file.entry.len).sum();
+        let bytes_written = self.files.bytes();
         let roots = target.open_roots()?;
         self.directories.iter().try_for_each(|entry| target.make_directory(&entry.path))?;
         progress.begin(Phase::Restoring, bytes_written);
@@ -136,20 +125,19 @@ impl<'r> Tree<'r> {
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn write_pg_manifest(&self, added: &[(&[u8], Vec<u8>)], listed: impl Fn(&FileEntry) -> bool) -> Result<()> {
+    pub fn write_pg_manifest(&self, added: &[(&[u8], Vec<u8>)], listed: impl Fn(&[u8]) -> bool) -> Result<()> {
         let file = self.target.make_file(b"backup_manifest", 0, self.chosen.default_owner())?;
         let replaced = |path: &[u8]| added.iter().any(|(name, _)| *name == path);
-        let is_listed =
-            |file: &&TargetFile| file.entry.kind != FileKind::Wal && listed(&file.entry) && !replaced(&file.entry.path);
-        let files = self.files.iter().filter(is_listed).map(Listed::from);
+        let is_listed = |file: &TargetFile<'_>| file.kind != FileKind::Wal && listed(file.path) && !replaced(file.path);
+        let files = self.files.listed(is_listed);
         let added = added.iter().map(|(path, bytes)| Listed::of(path, bytes));
         self.chosen.write_pg_manifest(file, files.chain(added))
     }
 
     /// Gives files and directories the owners and modes that would have been in the way, the deepest directories first.
     fn hand_over(&self) -> Result<()> {
-        for file in &self.files {
-            self.target.close_file(&file.entry.path, file.owner)?;
+        for file in self.files.iter() {
+            self.target.close_file(file.path, file.owner)?;
         }
         for entry in self.directories.iter().rev() {
             self.target.hand_over(&entry.path, self.chosen.owner_of(entry))?;
@@ -170,7 +158,7 @@ impl<'r> Tree<'r> {
 /// What is written where, for people; the operation's name goes before it.
 impl fmt::Display for Tree<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let bytes: u64 = self.files.iter().map(|file| file.entry.len).sum();
+        let bytes = self.files.bytes();
         let files = count(self.files.len() as u64, "file");
         let manifest = &self.chosen.manifest;
         let (id, kind) = (manifest.id, manifest.backup_type);
@@ -192,16 +180,16 @@ impl fmt::Display for Tree<'_> {
 }
 
 impl Sink for Tree<'_> {
-    fn make(&self, _: usize, file: &TargetFile) -> Result<Opened> {
-        let made = self.target.make_file(&file.entry.path, file.entry.len, file.owner)?;
-        if file.entry.kind == FileKind::Wal && file.entry.len > 0 {
+    fn make(&self, _: usize, file: TargetFile<'_>) -> Result<Opened> {
+        let made = self.target.make_file(file.path, file.len, file.owner)?;
+        if file.kind == FileKind::Wal && file.len > 0 {
             // PostgreSQL counts on room in its WAL files (wal_init_zero). A file system that cannot promise it does as for the original.
-            let _ = rustix::fs::fallocate(&made, rustix::fs::FallocateFlags::empty(), 0, file.entry.len);
+            let _ = rustix::fs::fallocate(&made, rustix::fs::FallocateFlags::empty(), 0, file.len);
         }
         Ok(Opened { file: Arc::new(made), begin: 0 })
     }
 
-    fn open(&self, _: usize, file: &TargetFile) -> Result<Opened> {
-        Ok(Opened { file: Arc::new(self.target.open_file(&file.entry.path)?), begin: 0 })
+    fn open(&self, _: usize, file: TargetFile<'_>) -> Result<Opened> {
+        Ok(Opened { file: Arc::new(self.target.open_file(file.path)?), begin: 0 })
     }
 }

@@ -322,20 +322,55 @@ impl<'a> TableCursor<'a> {
 }
 
 /// Writes the file table of a backup.
+///
+/// Entries come in the order of their paths, but for some that are only known at the end. Where a page is cut depends on the paths since the last
+/// entry whose hash says so. So only the entries between two such are held back where others may come in between; all others are
+/// written as they come.
 pub struct TableWriter<'a> {
     packer: &'a Packer,
     known: HashMap<[u8; 16], PagePlace>,
+    /// What the paths of late entries begin with.
+    late: Vec<Vec<u8>>,
     open: Vec<FileEntry>,
+    /// Whether late entries may come between the open ones.
+    holds: bool,
     last_path: Option<Vec<u8>>,
+    /// The last path before the open entries.
+    cut_path: Option<Vec<u8>>,
+    held: Vec<Held>,
     pages: Vec<PagePlace>,
     packs: BTreeSet<PackName>,
+}
+
+/// Entries that others may come in between.
+struct Held {
+    /// The number of pages that were written before.
+    page: usize,
+    /// The path of the last entry before them.
+    after: Option<Vec<u8>>,
+    entries: Vec<FileEntry>,
 }
 
 impl<'a> TableWriter<'a> {
     /// A writer that refers to the `known` pages of an earlier backup where they fit.
     pub fn new(packer: &'a Packer, known: &[PagePlace]) -> Self {
-        let known = known.iter().map(|page| (page.id, page.clone())).collect();
-        Self { packer, known, open: Vec::new(), last_path: None, pages: Vec::new(), packs: BTreeSet::new() }
+        Self::expecting(packer, known, &[])
+    }
+
+    /// The same, with entries to come at the end whose paths begin with one of `late`.
+    pub fn expecting(packer: &'a Packer, known: &[PagePlace], late: &[&[u8]]) -> Self {
+        Self {
+            packer,
+            known: known.iter().map(|page| (page.id, page.clone())).collect(),
+            late: late.iter().map(|prefix| prefix.to_vec()).collect(),
+            open: Vec::new(),
+            holds: false,
+            last_path: None,
+            cut_path: None,
+            held: Vec::new(),
+            pages: Vec::new(),
+            packs: BTreeSet::new(),
+        }
     }
 
     /// Adds an entry; paths ascend.
@@ -343,13 +378,34 @@ impl<'a> TableWriter<'a> {
     /// # Errors
     /// What the store says; `Bug` if paths don't ascend.
     pub fn push(&mut self, entry: FileEntry) -> Result<()> {
+        let last = self.last_path.as_deref();
+        let passes = |prefix: &Vec<u8>| last.is_none_or(|last| last < prefix.as_slice()) && *prefix <= entry.path;
+        self.holds |= self.late.iter().any(|prefix| passes(prefix) || entry.path.starts_with(prefix));
+        self.append(entry)
+    }
+
+    fn append(&mut self, entry: FileEntry) -> Result<()> {
         if self.last_path.as_ref().is_some_and(|last| *last >= entry.path) {
             return Err(Error::bug(format!("{} comes too late in the file table", entry.display_path())));
         }
         let cut_here = blake3::hash(&entry.path).as_bytes()[0] == 0;
         self.last_path = Some(entry.path.clone());
         self.open.push(entry);
-        if cut_here || self.open.len() == MAX_PAGE_ENTRIES { self.write_page() } else { Ok(()) }
+        if cut_here && self.holds {
+            self.hold();
+            Ok(())
+        } else if cut_here || (!self.holds && self.open.len() == MAX_PAGE_ENTRIES) {
+            self.write_page()
+        } else {
+            Ok(())
+        }
+    }
+
+    fn hold(&mut self) {
+        let (page, entries) = (self.pages.len(), std::mem::take(&mut self.open));
+        let after = std::mem::replace(&mut self.cut_path, self.last_path.clone());
+        self.held.push(Held { page, after, entries });
+        self.holds = false;
     }
 
     fn write_page(&mut self) -> Result<()> {
@@ -357,6 +413,7 @@ impl<'a> TableWriter<'a> {
         if entries.is_empty() {
             return Ok(());
         }
+        self.cut_path.clone_from(&self.last_path);
         let body = encode_page(&entries)?;
         let id = hash16(&body);
         for part in entries.iter().flat_map(|entry| &entry.parts) {
@@ -380,7 +437,32 @@ impl<'a> TableWriter<'a> {
     ///
     /// # Errors
     /// What the store says.
-    pub fn finish(mut self) -> Result<(Vec<PagePlace>, Vec<PackName>)> {
+    pub fn finish(self) -> Result<(Vec<PagePlace>, Vec<PackName>)> {
+        self.finish_with(Vec::new())
+    }
+
+    /// The same with the late entries, in whatever order.
+    ///
+    /// # Errors
+    /// What the store says; `Bug` for one that was not expected where it belongs.
+    pub fn finish_with(mut self, mut late: Vec<FileEntry>) -> Result<(Vec<PagePlace>, Vec<PackName>)> {
+        self.hold();
+        late.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+        let mut late = late.into_iter().peekable();
+        let mut written = std::mem::take(&mut self.pages).into_iter();
+        let mut held = std::mem::take(&mut self.held).into_iter().peekable();
+        let mut taken = 0;
+        while let Some(Held { page, after, mut entries }) = held.next() {
+            self.pages.extend(written.by_ref().take(page - taken));
+            taken = page;
+            let end = entries.last().map(|last| last.path.clone()).filter(|_| held.peek().is_some());
+            while let Some(entry) = late.next_if(|entry| end.as_ref().is_none_or(|end| entry.path <= *end)) {
+                entries.push(entry);
+            }
+            entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+            self.last_path = after;
+            entries.into_iter().try_for_each(|entry| self.append(entry))?;
+        }
         self.write_page()?;
         Ok((self.pages, self.packs.into_iter().collect()))
     }
@@ -440,6 +522,47 @@ mod tests {
         assert_eq!(read(&store, &after), entries);
         let rewritten = after.iter().filter(|page| page.place.pack.run == run(2)).count();
         assert!(before.len() > 10 && rewritten <= 2, "{rewritten} of {}", before.len());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn late_entries_make_the_same_table(
+            count in 0u32..4000,
+            places in prop::collection::vec(0u32..4000, 0..4),
+            late in prop::collection::vec(0u32..60, 0..40),
+        ) {
+            let prefixes: Vec<_> = places.iter().map(|place| format!("base/5/{place:06}-").into_bytes()).collect();
+            let mut all: Vec<_> = (0..count).map(entry).collect();
+            let mut late_entries = Vec::new();
+            for (number, prefix) in late.iter().collect::<BTreeSet<_>>().into_iter().zip(prefixes.iter().cycle()) {
+                let path = [prefix, number.to_string().as_bytes()].concat();
+                late_entries.push(FileEntry { path, ..entry(*number) });
+            }
+            let store = MemoryStore::new();
+            let packer = Packer::new(Arc::new(store.clone()), ClusterName::default(), run(2), PackKind::Map);
+            let prefixes: Vec<&[u8]> = prefixes.iter().map(Vec::as_slice).collect();
+            let mut writer = TableWriter::expecting(&packer, &[], &prefixes);
+            all.iter().for_each(|entry| writer.push(entry.clone()).unwrap());
+            let (pages, _) = writer.finish_with(late_entries.clone()).unwrap();
+            packer.finish().unwrap();
+            all.extend(late_entries);
+            all.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+            let expected = write(&store, run(1), &all, &[]);
+            let ids = |pages: &[PagePlace]| pages.iter().map(|page| (page.id, page.entries)).collect::<Vec<_>>();
+            prop_assert_eq!(ids(&pages), ids(&expected));
+            prop_assert_eq!(read(&store, &pages), all);
+        }
+    }
+
+    #[test]
+    fn a_late_entry_that_was_not_expected_is_refused() {
+        let store = MemoryStore::new();
+        let packer = Packer::new(Arc::new(store), ClusterName::default(), run(1), PackKind::Map);
+        let mut writer = TableWriter::new(&packer, &[]);
+        (1..5000).for_each(|number| writer.push(entry(number)).unwrap());
+        assert_eq!(writer.finish_with(vec![entry(0)]).unwrap_err().kind(), crate::ErrorKind::Bug);
     }
 
     #[test]

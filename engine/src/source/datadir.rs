@@ -31,6 +31,8 @@
 //! sendTablespace, excludeDirContents, excludeFiles. A `stats_temp_directory` (up to 14) that is inside the data
 //! directory and not `pg_stat_tmp` is listed like any directory; the server discards its files when it starts.
 
+mod walk;
+
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::File;
@@ -45,6 +47,8 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, fstat, openat, readlinkat, stat, statat};
 use rustix::io::Errno;
 
+use self::walk::{Names, Walk};
+use super::entries::Entries;
 use super::postmaster::PostmasterPid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{
@@ -110,8 +114,6 @@ pub struct Entry {
     pub uid: u32,
     /// Its group.
     pub gid: u32,
-    /// When it was last modified, in seconds since 1970; never evidence that it is unchanged.
-    pub mtime: i64,
 }
 
 /// What an [`Entry`] is.
@@ -142,7 +144,7 @@ pub struct Tablespace {
 #[derive(Clone, Debug)]
 pub struct Listing {
     /// Everything, ordered by path.
-    pub entries: Vec<Entry>,
+    pub entries: Entries,
     /// The tablespaces, ordered by number.
     pub tablespaces: Vec<Tablespace>,
     /// Where the WAL is, with all symbolic links resolved.
@@ -270,18 +272,14 @@ impl DataDir {
     /// Whatever cannot be read and has not vanished.
     pub fn list(&self) -> Result<Listing> {
         let tablespaces = self.tablespaces()?;
-        let mut walk = Walk::new(self);
+        let mut walk = Walk::new(self, &tablespaces)?;
         let root = open_directory(CWD, self.path.as_os_str().as_bytes(), OFlags::empty());
         let root = root.map_err(|errno| Error::io("open", &self.path, errno.into()))?;
         let stat = fstat(&root).map_err(|errno| Error::io("look at", &self.path, errno.into()))?;
-        for tablespace in &tablespaces {
-            walk.tablespace(tablespace)?;
-        }
         walk.directory(&root, b"", &mut vec![self.identity])?;
-        let Walk { mut entries, notices, .. } = walk;
-        entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-        let has = |path: &[u8]| entries.binary_search_by(|entry| (*entry.path).cmp(path)).is_ok();
-        for needed in ["global/pg_control", "PG_VERSION", "base", "pg_wal"] {
+        let Walk { entries, notices, .. } = walk;
+        let has = |path: &[u8]| entries.find(path).is_some();
+        for needed in ["global/pg_control", "PG_VERSION", "base", "pg_tblspc", "pg_wal"] {
             if !has(needed.as_bytes()) {
                 let what = format!("{needed} is missing from the data directory");
                 return Err(Error::new(ErrorKind::Missing, what).at(self.path.display().to_string()));
@@ -309,11 +307,11 @@ impl DataDir {
         let directory = self.path.join("pg_tblspc");
         let opened = open_directory(CWD, directory.as_os_str().as_bytes(), OFlags::empty());
         let opened = opened.map_err(|errno| Error::io("open", &directory, errno.into()))?;
-        let names = read_names(&opened).map_err(|errno| Error::io("list", &directory, errno.into()))?;
+        let names = Names::read(&opened).map_err(|errno| Error::io("list", &directory, errno.into()))?;
         let mut tablespaces = Vec::new();
-        for name in names {
-            if let Some(oid) = tablespace_oid(&name) {
-                tablespaces.extend(self.tablespace(&opened, oid, &directory.join(OsStr::from_bytes(&name)))?);
+        for name in names.iter() {
+            if let Some(oid) = tablespace_oid(name) {
+                tablespaces.extend(self.tablespace(&opened, oid, &directory.join(OsStr::from_bytes(name)))?);
             }
         }
         tablespaces.sort_unstable_by_key(|tablespace| tablespace.oid);
@@ -408,9 +406,9 @@ impl DataDir {
         let fail = |errno: Errno| Error::io("list", &path, errno.into());
         let directory = open_directory(CWD, path.as_os_str().as_bytes(), OFlags::empty()).map_err(fail)?;
         let mut files = Vec::new();
-        for name in read_names(&directory).map_err(fail)? {
-            match statat(&directory, &*name, AtFlags::SYMLINK_NOFOLLOW) {
-                Ok(stat) if is(&stat, FileType::RegularFile) => files.push((name, stat)),
+        for name in Names::read(&directory).map_err(fail)?.iter() {
+            match statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(stat) if is(&stat, FileType::RegularFile) => files.push((name.to_vec(), stat)),
                 Ok(_) | Err(Errno::NOENT) => {}
                 Err(errno) => return Err(fail(errno)),
             }
@@ -441,242 +439,11 @@ impl DataDir {
     }
 }
 
-/// The state of one walk.
-struct Walk<'a> {
-    data_dir: &'a DataDir,
-    /// Directories that are listed as tablespaces, and so not again where they lie in the data directory.
-    tablespaces: HashSet<Identity>,
-    /// Directories that a symbolic link led to; each is followed once.
-    followed: HashSet<Identity>,
-    entries: Vec<Entry>,
-    notices: Vec<String>,
-}
-
-impl<'a> Walk<'a> {
-    fn new(data_dir: &'a DataDir) -> Self {
-        Self {
-            data_dir,
-            tablespaces: HashSet::new(),
-            followed: HashSet::new(),
-            entries: Vec::new(),
-            notices: Vec::new(),
-        }
-    }
-
-    fn fail(&self, verb: &str, relative: &[u8], errno: Errno) -> Error {
-        Error::io(verb, &self.data_dir.path.join(OsStr::from_bytes(relative)), errno.into())
-    }
-
-    fn notice(&mut self, what: &str, relative: &[u8]) {
-        self.notices.push(format!("{what} is not backed up: {}", relative.escape_ascii()));
-    }
-
-    fn add(&mut self, relative: &[u8], kind: EntryKind, stat: &Stat) {
-        self.entries.push(Entry {
-            path: relative.into(),
-            kind,
-            mode: stat.st_mode & 0o7777,
-            uid: stat.st_uid,
-            gid: stat.st_gid,
-            mtime: stat.st_mtime,
-        });
-    }
-
-    /// Lists a tablespace: its directory, and below it what is ours.
-    fn tablespace(&mut self, tablespace: &Tablespace) -> Result<()> {
-        let relative = format!("pg_tblspc/{}", tablespace.oid).into_bytes();
-        let path = tablespace.directory.as_os_str().as_bytes();
-        let root = match open_directory(CWD, path, OFlags::empty()) {
-            Ok(root) => root,
-            Err(Errno::NOENT) => return Ok(()),
-            Err(errno) => return Err(Error::io("open", &tablespace.directory, errno.into())),
-        };
-        let stat = fstat(&root).map_err(|errno| Error::io("look at", &tablespace.directory, errno.into()))?;
-        let identity = Identity::of(&stat);
-        self.tablespaces.insert(identity);
-        self.add(&relative, EntryKind::Directory, &stat);
-        let version_dir = self.data_dir.tablespace_version_dir.clone();
-        let mut ancestors = vec![self.data_dir.identity, identity];
-        self.child(&root, &join(&relative, version_dir.as_bytes()), version_dir.as_bytes(), &mut ancestors)
-    }
-
-    /// Lists what is in a directory, which `ancestors` ends with.
-    fn directory(&mut self, directory: &OwnedFd, relative: &[u8], ancestors: &mut Vec<Identity>) -> Result<()> {
-        let names = match read_names(directory) {
-            Ok(names) => names,
-            Err(Errno::NOENT) => return Ok(()),
-            Err(errno) => return Err(self.fail("list", relative, errno)),
-        };
-        let place = Place::of(relative, &self.data_dir.tablespace_version_dir);
-        let unlogged = if place.has_relations() { relations_with_init_fork(&names) } else { HashSet::new() };
-        for name in names {
-            if is_excluded_name(&name) || place == Place::Database && is_temp_relation_file_name(&name) {
-                continue;
-            }
-            if place == Place::TablespaceLinks && tablespace_oid(&name).is_some() {
-                continue;
-            }
-            let relation = parse_relation_file_name(&name).filter(|(_, fork, _)| *fork != ForkNumber::Init);
-            if let Some((relation, ..)) = relation.filter(|(relation, ..)| unlogged.contains(relation))
-                && self.has_init_fork(directory, relation, relative)?
-            {
-                continue;
-            }
-            self.child(directory, &join(relative, &name), &name, ancestors)?;
-        }
-        Ok(())
-    }
-
-    fn has_init_fork(&self, directory: &OwnedFd, relation: RelFileNumber, relative: &[u8]) -> Result<bool> {
-        match statat(directory, format!("{relation}_init"), AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(_) => Ok(true),
-            Err(Errno::NOENT) => Ok(false),
-            Err(errno) => Err(self.fail("look at the init fork of a relation in", relative, errno)),
-        }
-    }
-
-    fn child(&mut self, parent: &OwnedFd, relative: &[u8], name: &[u8], ancestors: &mut Vec<Identity>) -> Result<()> {
-        let own = match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => stat,
-            Err(Errno::NOENT) => return Ok(()),
-            Err(errno) => return Err(self.fail("look at", relative, errno)),
-        };
-        let is_link = is(&own, FileType::Symlink);
-        let stat = if is_link {
-            match statat(parent, name, AtFlags::empty()) {
-                Ok(stat) => stat,
-                // As of a tmpfs that was not set up again; the server still wants the directory.
-                Err(Errno::NOENT) if EMPTIED_DIRECTORIES.contains(&name) => {
-                    let mut stat = own;
-                    stat.st_mode = 0o700;
-                    self.add(relative, EntryKind::Directory, &stat);
-                    return Ok(());
-                }
-                Err(Errno::NOENT | Errno::LOOP) => {
-                    self.notice("a symbolic link that leads nowhere", relative);
-                    return Ok(());
-                }
-                Err(errno) => return Err(self.fail("follow the symbolic link", relative, errno)),
-            }
-        } else {
-            own
-        };
-        match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => self.add(relative, EntryKind::File { len: length(&stat) }, &stat),
-            FileType::Directory if relative == b"pg_wal" => self.wal_directory(relative, &stat),
-            FileType::Directory if EMPTIED_DIRECTORIES.contains(&name) => {
-                self.add(relative, EntryKind::Directory, &stat);
-            }
-            FileType::Directory => return self.subdirectory(parent, relative, name, &stat, is_link, ancestors),
-            _ => self.notice("a special file", relative),
-        }
-        Ok(())
-    }
-
-    fn wal_directory(&mut self, relative: &[u8], stat: &Stat) {
-        self.add(relative, EntryKind::Directory, stat);
-        self.add(&join(relative, b"archive_status"), EntryKind::Directory, stat);
-        if self.data_dir.major.as_u32() >= 17 {
-            self.add(&join(relative, b"summaries"), EntryKind::Directory, stat);
-        }
-    }
-
-    fn subdirectory(
-        &mut self,
-        parent: &OwnedFd,
-        relative: &[u8],
-        name: &[u8],
-        stat: &Stat,
-        is_link: bool,
-        ancestors: &mut Vec<Identity>,
-    ) -> Result<()> {
-        let identity = Identity::of(stat);
-        if is_link && !is_kept_by_postgresql(relative) {
-            // It may lead anywhere: to the repository itself, or to the whole host.
-            self.notice("a symbolic link to a directory, where PostgreSQL keeps nothing", relative);
-            return Ok(());
-        }
-        if is_link && (ancestors.contains(&identity) || !self.followed.insert(identity)) {
-            self.notice("a symbolic link to a directory that is backed up under another name", relative);
-            return Ok(());
-        }
-        self.add(relative, EntryKind::Directory, stat);
-        if self.tablespaces.contains(&identity) {
-            return Ok(());
-        }
-        let no_follow = if is_link { OFlags::empty() } else { OFlags::NOFOLLOW };
-        let directory = match open_directory(parent.as_fd(), name, no_follow) {
-            Ok(directory) => directory,
-            Err(Errno::NOENT) => return Ok(()),
-            Err(errno) => return Err(self.fail("open", relative, errno)),
-        };
-        ancestors.push(identity);
-        let result = self.directory(&directory, relative, ancestors);
-        ancestors.pop();
-        result
-    }
-}
-
-/// Whether a path is in a directory of PostgreSQL's own: `base`, `global`, or one whose name begins with `pg_`.
-fn is_kept_by_postgresql(relative: &[u8]) -> bool {
-    let first = relative.split(|&byte| byte == b'/').next().unwrap_or_default();
-    matches!(first, b"base" | b"global") || first.starts_with(b"pg_")
-}
-
-/// What kind of names a directory holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
-    /// `pg_tblspc`.
-    TablespaceLinks,
-    /// `global`: relations, but never temporary ones.
-    Global,
-    /// A database's directory.
-    Database,
-    /// Any other.
-    Other,
-}
-
-impl Place {
-    fn of(relative: &[u8], tablespace_version_dir: &str) -> Self {
-        let is_number = |name: &[u8]| !name.is_empty() && name.iter().all(u8::is_ascii_digit);
-        let parts: Vec<_> = relative.split(|&byte| byte == b'/').collect();
-        match &*parts {
-            [b"pg_tblspc"] => Self::TablespaceLinks,
-            [b"global"] => Self::Global,
-            [b"base", database] if is_number(database) => Self::Database,
-            [b"pg_tblspc", tablespace, version, database]
-                if is_number(tablespace) && *version == tablespace_version_dir.as_bytes() && is_number(database) =>
-            {
-                Self::Database
-            }
-            _ => Self::Other,
-        }
-    }
-
-    fn has_relations(self) -> bool {
-        matches!(self, Self::Global | Self::Database)
-    }
-}
-
-fn is_excluded_name(name: &[u8]) -> bool {
-    EXCLUDED_FILES.contains(&name) || EXCLUDED_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
-}
-
-/// The relations that had an init fork when the directory was read: only these are looked at again.
-fn relations_with_init_fork(names: &[Vec<u8>]) -> HashSet<RelFileNumber> {
-    let parsed = names.iter().filter_map(|name| parse_relation_file_name(name));
-    parsed.filter(|(_, fork, _)| *fork == ForkNumber::Init).map(|(relation, ..)| relation).collect()
-}
-
 /// PostgreSQL: src/backend/access/transam/xlog.c, do_pg_backup_start: a name that is no number is no tablespace.
 fn tablespace_oid(name: &[u8]) -> Option<TablespaceOid> {
     let digits = std::str::from_utf8(name).ok().filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()))?;
     let oid: u32 = digits.parse().ok().filter(|&oid| oid != 0 && !digits.starts_with('0'))?;
     Some(TablespaceOid::new(oid))
-}
-
-fn join(directory: &[u8], name: &[u8]) -> Vec<u8> {
-    if directory.is_empty() { name.to_vec() } else { [directory, b"/", name].concat() }
 }
 
 fn is(stat: &Stat, file_type: FileType) -> bool {
@@ -690,18 +457,6 @@ fn length(stat: &Stat) -> u64 {
 
 fn open_directory(parent: BorrowedFd<'_>, name: &[u8], flags: OFlags) -> rustix::io::Result<OwnedFd> {
     openat(parent, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | flags, Mode::empty())
-}
-
-/// All names in a directory; a directory that cannot be read to its end is an error.
-fn read_names(directory: &OwnedFd) -> rustix::io::Result<Vec<Vec<u8>>> {
-    let mut names = Vec::new();
-    for entry in Dir::read_from(directory)? {
-        let name = entry?.file_name().to_bytes().to_vec();
-        if name != b"." && name != b".." {
-            names.push(name);
-        }
-    }
-    Ok(names)
 }
 
 /// Opens a regular file. Not to block where a FIFO took the file's place, it is opened without waiting.

@@ -10,6 +10,7 @@
 mod connect;
 mod conninfo;
 mod datadir;
+mod entries;
 mod failure;
 mod postmaster;
 mod rights;
@@ -19,6 +20,7 @@ mod tls;
 
 pub use conninfo::Environment;
 pub use datadir::{DataDir, Entry, EntryKind, Listing, Tablespace};
+pub use entries::{Entries, EntryIter};
 pub use postmaster::PostmasterPid;
 pub use server::Server;
 pub use session::{BackupStart, BackupStop, FileSetting, Session, SlotCount};

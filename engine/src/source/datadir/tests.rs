@@ -75,9 +75,9 @@ impl Cluster {
 
 fn render(listing: &Listing) -> Vec<String> {
     let path = |entry: &Entry| entry.path.escape_ascii().to_string();
-    let render = |entry: &Entry| match entry.kind {
-        EntryKind::Directory => format!("{}/", path(entry)),
-        EntryKind::File { .. } => path(entry),
+    let render = |entry: Entry| match entry.kind {
+        EntryKind::Directory => format!("{}/", path(&entry)),
+        EntryKind::File { .. } => path(&entry),
     };
     listing.entries.iter().map(render).collect()
 }
@@ -97,9 +97,30 @@ fn a_bare_cluster_is_listed_in_the_order_of_its_paths() {
         "pg_wal/archive_status/",
     ];
     assert_eq!(render(&listing), expected);
-    assert_eq!(listing.entries[0].kind, EntryKind::File { len: 3 });
+    assert_eq!(listing.entries.find(b"PG_VERSION").unwrap().kind, EntryKind::File { len: 3 });
     assert_eq!(listing.wal_dir, fs::canonicalize(cluster.path("pg_wal")).unwrap());
     assert_eq!((listing.notices.len(), listing.tablespaces.len()), (0, 0));
+}
+
+#[test]
+fn paths_are_in_the_order_of_their_bytes_whatever_the_names_are() {
+    let cluster = Cluster::of_15();
+    for path in ["base/1/2", "base/1/2_vm", "base.old/1", "base!/1", "base0", "pg_wal.old", "pg_wal!/a", "pg_tblspc-/x"]
+    {
+        cluster.write(path, "");
+    }
+    let beside = cluster.beside.path();
+    for oid in [7, 70, 16384] {
+        cluster.add_tablespace(oid, &beside.join(oid.to_string()), &beside.join(oid.to_string()));
+    }
+    cluster.write("pg_tblspc/7.x/1", "");
+    let paths: Vec<_> = cluster.list().entries.iter().map(|entry| entry.path).collect();
+    assert!(paths.is_sorted());
+    let has = |path: String| paths.iter().any(|found| **found == *path.as_bytes());
+    assert!([7, 70, 16384].iter().all(|oid| has(format!("pg_tblspc/{oid}/{VERSION_DIR}/5/16384"))));
+    assert!(
+        has("pg_wal/archive_status".to_owned()) && has("pg_tblspc/7.x/1".to_owned()) && paths.len() == 8 + 3 * 4 + 14
+    );
 }
 
 #[test]
@@ -269,7 +290,7 @@ fn a_symbolic_link_is_listed_as_what_it_leads_to() {
     symlink(beside.join("pg_own"), cluster.path("pg_own")).unwrap();
     symlink(beside.join("postgresql.conf"), cluster.path("postgresql.conf")).unwrap();
     assert_eq!(cluster.extra(), ["pg_own/", "pg_own/deep/", "pg_own/deep/today", "postgresql.conf"]);
-    let entry = cluster.list().entries.into_iter().find(|entry| &*entry.path == b"pg_own/deep/today").unwrap();
+    let entry = cluster.list().entries.find(b"pg_own/deep/today").unwrap();
     assert_eq!(entry.kind, EntryKind::File { len: 5 });
     assert!(cluster.open().open_file(b"pg_own/deep/today").unwrap().is_some());
 }
