@@ -99,6 +99,11 @@ impl Audit {
         }
     }
 
+    /// Whether the detector has named all that changed so far.
+    pub fn missed_nothing(&self) -> bool {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner).missed_count == 0
+    }
+
     /// A block that changed, of which the detector knew nothing.
     pub fn note(&self, file: RelationFile, segment: BlocksPerSegment, block: BlockNumber, page: &[u8]) {
         let in_fork = file.segment.as_u32().wrapping_mul(segment.as_u32()).wrapping_add(block.as_u32());

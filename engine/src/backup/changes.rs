@@ -3,14 +3,14 @@
 //! ```text
 //! lineage    the parent is an earlier state of this very cluster: its start and its stop lie on this history, checksums are as they were
 //! proof      and of this very past: LSNs and timelines do not tell a cluster from one that was put back to an old copy and went on (changes/past.rs)
-//! summaries  the server's own cover the log from the parent's start to this one; what it wrote before it was last started is replaced by the log itself
+//! summaries  the server's own, written since it was started, cover the log from the parent's start to this one
 //! WAL        the records from the parent's start to this one: pg_wal, and what it has no more in an archive, which must agree where both begin to overlap
 //! kept maps  what earlier backups found, from the parent to a newer backup, and one of these from there on (changes/kept.rs)
 //! else       everything is read
 //! ```
 //!
 //! `auto` takes the first that is proved, and the scan where none is, or where reading the log would take longer. Whoever asks for one by name gets
-//! it where it is proved, and else the scan, too: a backup that reads too much is better than none. What was taken, and why, is in the manifest. Of a stopped cluster
+//! it where it is proved, and else what reads more, up to the scan: a backup that reads too much is better than none. What was taken, and why, is in the manifest. Of a stopped cluster
 //! `auto` reads everything: nobody logs what is done to its files.
 //!
 //! A parent with corrupt pages is not trusted: what was garbage then may be whole now, and what still is must be reported again.
@@ -28,7 +28,7 @@ pub(crate) use self::forecast::Forecast;
 pub(super) use self::kept::keep;
 use super::summaries::ServerSummaries;
 use super::{DetectorChoice, wal};
-use crate::detect::{ChangeMap, Detection, Detector, WalChanges, WalFiles};
+use crate::detect::{ChangeMap, Detection, Detector, HeldSegments, WalChanges, WalFiles};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{
     ControlFile, Lsn, TimelineHistory, TimelineId, WalLevel, WalRange, WalRecord, WalSegmentName, WalSource,
@@ -36,6 +36,8 @@ use crate::pg::{
 use crate::repo::{Manifest, Repository};
 use crate::source::{DataDir, Session};
 
+/// Why a server before 17 has none; nobody misses them there.
+const NO_SUMMARIES: &str = "";
 /// The record that says that `wal_level` or another parameter changed.
 const PARAMETER_CHANGE: (u8, u8) = (0, 0x60);
 
@@ -63,6 +65,8 @@ pub(crate) struct Question<'a> {
     pub session: Option<&'a Session>,
     /// An archive that the user has.
     pub wal_archive: Option<&'a Path>,
+    /// Segments that were opened before the backup began, and may be removed since.
+    pub held: &'a HeldSegments,
     /// Where this backup begins.
     pub start: Lsn,
     /// The timeline that is written now.
@@ -93,26 +97,29 @@ impl Question<'_> {
         }
         let found = match choice {
             DetectorChoice::Scan => Err("a scan was asked for".to_owned()),
-            DetectorChoice::Auto if self.session.is_none() => {
-                Err("nobody logs what is done to the files of a stopped cluster".to_owned())
-            }
+            _ if self.session.is_none() => Err("nobody logs what is done to the files of a stopped cluster".to_owned()),
             _ => {
                 self.lineage().and_then(|line| either(self.without_kept(&line, choice), || self.by_kept(&line, choice)))
             }
         };
-        Ok(found.unwrap_or_else(|why| {
-            if matches!(choice, DetectorChoice::Wal | DetectorChoice::Summary) {
-                (self.notice)(&format!("everything is read, as the detector that was asked for cannot be used: {why}"));
-            }
-            scan(why)
-        }))
+        let found = found.unwrap_or_else(scan);
+        let asked = match choice {
+            DetectorChoice::Wal => Some(Detector::Wal),
+            DetectorChoice::Summary => Some(Detector::Summary),
+            DetectorChoice::Auto | DetectorChoice::Scan => None,
+        };
+        let Detection { detector, reason } = &found.detection;
+        if let Some(asked) = asked.filter(|asked| asked != detector) {
+            (self.notice)(&format!("{asked} was asked for and cannot be used, so {detector} is: {reason}"));
+        }
+        Ok(found)
     }
 
     /// By what the server and the archive have.
     fn without_kept(&self, line: &Line, choice: DetectorChoice) -> std::result::Result<Found, Why> {
         match choice {
             DetectorChoice::Wal => self.by_wal(line, None),
-            DetectorChoice::Summary => self.by_summary(line, None),
+            DetectorChoice::Summary => either(self.by_summary(line, None), || self.by_wal(line, None)),
             DetectorChoice::Auto | DetectorChoice::Scan => {
                 let most = Some(self.cluster_bytes);
                 either(self.by_summary(line, most), || self.by_wal(line, most))
@@ -133,15 +140,15 @@ impl Question<'_> {
             return Err("WAL segments had another size".to_owned());
         }
         let history = self.history()?;
-        let contains = history.contains(parent.start_timeline, parent.start_lsn)
-            && history.contains(parent.timeline, parent.stop_lsn)
-            && parent.stop_lsn <= self.start;
-        if !contains {
-            let (stop, timeline) = (parent.stop_lsn, parent.timeline);
+        let (stop, timeline) = (parent.stop_lsn, parent.timeline);
+        if !history.contains(parent.start_timeline, parent.start_lsn) || !history.contains(timeline, stop) {
+            let here = self.timeline;
             return Err(format!(
-                "the parent ends at {stop} on timeline {timeline}, which does not lead to {}",
-                self.start
+                "the parent ends at {stop} on timeline {timeline}, which does not lead to timeline {here} here"
             ));
+        }
+        if stop > self.start {
+            return Err(format!("the parent ends at {stop}, and this backup begins before that, at {}", self.start));
         }
         let ranges = history.wal_ranges(parent.start_timeline, parent.start_lsn, self.start);
         Ok(Line { history, ranges: ranges.map_err(|e| e.to_string())? })
@@ -162,60 +169,43 @@ impl Question<'_> {
     fn files(&self) -> Result<WalFiles> {
         let pg_wal = self.data_dir.path().join("pg_wal");
         let directories: Vec<&Path> = [pg_wal.as_path()].into_iter().chain(self.wal_archive).collect();
-        WalFiles::list(&directories, self.control.wal_segment_size)
+        Ok(WalFiles::list(&directories, self.control.wal_segment_size)?.with(self.held))
     }
 
-    /// Reads the server's summaries; before those that it wrote since its start, the log, but no more of it than `max_len`.
+    /// Reads the server's summaries.
     fn by_summary(&self, line: &Line, max_len: Option<u64>) -> std::result::Result<Found, Why> {
         if self.control.major_version().as_u32() < 17 {
-            return Err("this server writes no WAL summaries".to_owned());
+            return Err(NO_SUMMARIES.to_owned());
         }
         let session = self.session.ok_or("there is no server to write WAL summaries")?;
         let server = ServerSummaries::new(session, self.data_dir, self.notice);
-        let mut summaries = server.up_to(self.timeline, self.start)?;
-        let (begin, end) = (self.parent.start_lsn, self.start);
-        let from = summaries.coverage().covered_from(&line.ranges);
-        let proof =
-            if from <= begin { self.has_the_mark(&server, line, max_len) } else { Err(unsummarized(begin, from)) };
-        let (earlier, reason) = match proof {
-            Ok(own) => (own, format!("WAL summaries cover {begin} to {end}")),
-            Err(why) => {
-                let earlier = self.by_log(line, from, max_len);
-                let earlier = earlier.map_err(|other| if other == why { why } else { format!("{why}; {other}") })?;
-                (earlier, format!("WAL covers {begin} to {from}, WAL summaries {from} to {end}"))
-            }
-        };
-        let rest = line.history.wal_ranges(line.timeline_of(from), from, end).map_err(told)?;
-        let mut map = summaries.changes(self.control.system_identifier, &rest).map_err(told)?;
-        map.union(earlier).map_err(told)?;
+        server.has(self.parent.history_mark.as_ref().ok_or("the parent was taken without WAL summaries")?)?;
+        let mut summaries = server.up_to(line.timeline_of(self.start), self.start)?;
+        let mut map = summaries.changes(self.control.system_identifier, &line.ranges).map_err(told)?;
+        must_be_worth_it(self.parent.wal_bytes, max_len)?;
+        map.union(self.changes_of_the_parent(line).map_err(told)?).map_err(told)?;
+        let reason = format!("WAL summaries cover {} to {}", self.parent.start_lsn, self.start);
         Ok(Found { detection: Detection { detector: Detector::Summary, reason }, map: Some(map) })
     }
 
     /// Reads the log; no more of it than `max_len`.
     fn by_wal(&self, line: &Line, max_len: Option<u64>) -> std::result::Result<Found, Why> {
-        let map = self.by_log(line, self.start, max_len)?;
-        let reason = format!("WAL covers {} to {}", self.parent.start_lsn, self.start);
-        Ok(Found { detection: Detection { detector: Detector::Wal, reason }, map: Some(map) })
-    }
-
-    /// What the log says from the parent's start to `end`, if it is the log of the parent.
-    fn by_log(&self, line: &Line, end: Lsn, max_len: Option<u64>) -> std::result::Result<ChangeMap, Why> {
-        let begin = self.parent.start_lsn;
+        let (begin, end) = (self.parent.start_lsn, self.start);
         let len = end.as_u64().saturating_sub(begin.as_u64());
         must_be_worth_it(len, max_len)?;
         let files = self.prove(line)?;
         if let Some(name) = files.first_missing(&line.history, begin, end) {
             return Err(self.gone(name));
         }
-        let ranges = line.history.wal_ranges(self.parent.start_timeline, begin, end).map_err(told)?;
         let mut changes = self.changes(line).map_err(told)?;
         files.walk(self.log(line), begin, end, |record| changes.add(record)).map_err(told)?;
-        Ok(changes.finish(ranges))
+        let detection = Detection { detector: Detector::Wal, reason: format!("WAL covers {begin} to {end}") };
+        Ok(Found { detection, map: Some(changes.finish(line.ranges.clone())) })
     }
 
     fn gone(&self, name: WalSegmentName) -> Why {
         let name = name.file_name(self.control.wal_segment_size);
-        format!("the WAL file {name} is gone (an archive that has it is named by --wal-archive)")
+        format!("the WAL file {name} is gone (if an archive has it, name that with --wal-archive)")
     }
 
     fn log(&self, line: &Line) -> WalSource {
@@ -267,7 +257,11 @@ fn either(
     second: impl FnOnce() -> std::result::Result<Found, Why>,
 ) -> std::result::Result<Found, Why> {
     first.or_else(|first| {
-        second().map_err(|second| if first.contains(&second) { first } else { format!("{first}; {second}") })
+        second().map_err(|second| match () {
+            () if first.contains(&second) => first,
+            () if second.contains(&first) => second,
+            () => format!("{first}; {second}"),
+        })
     })
 }
 
@@ -276,10 +270,6 @@ fn must_be_worth_it(len: u64, max_len: Option<u64>) -> std::result::Result<(), W
         None => Ok(()),
         Some(_) => Err(format!("reading {} MB of WAL would take longer", len / 1_000_000)),
     }
-}
-
-fn unsummarized(begin: Lsn, from: Lsn) -> Why {
-    format!("the server that runs now has summarized WAL from {from} on, not from {begin}")
 }
 
 fn told(error: Error) -> Why {

@@ -24,6 +24,7 @@ impl Run<'_, '_> {
     /// Writes the manifest, when all else is durable.
     pub(super) fn commit(self, mut found: Found, map: Packer, begun: Instant) -> Result<Report> {
         let mut manifest = self.manifest(&found)?;
+        let kept = self.keep_changes();
         map.close()?;
         let mut own = self.data.finish()?;
         own.extend(map.finish()?);
@@ -41,10 +42,6 @@ impl Run<'_, '_> {
         manifest.stop_time = whole_second(Timestamp::now());
         manifest.duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         let written: u64 = own.iter().map(|pack| pack.len).sum();
-        let kept = match (&self.plan.parent, &self.changes) {
-            (Some(parent), Some(map)) => keep(self.plan.repo, parent, self.id, map)?,
-            _ => 0,
-        };
         manifest.own_bytes = written + taken_over + kept;
         let manifest_len = self.plan.repo.commit(&manifest, &self.lease)?;
         let bytes_read = self.totals.bytes_read.load(Ordering::Relaxed) + salvage_read;
@@ -57,6 +54,16 @@ impl Run<'_, '_> {
             bytes_read,
             bytes_written: written + kept + manifest_len,
             repository_damage: self.plan.repository_damage,
+        })
+    }
+
+    /// Keeps what the detector said, unless an audit found that it missed something; how many bytes that takes. No backup needs it.
+    fn keep_changes(&self) -> u64 {
+        let is_whole = self.audit.as_ref().is_none_or(Audit::missed_nothing);
+        let (Some(parent), Some(map), true) = (&self.plan.parent, &self.changes, is_whole) else { return 0 };
+        keep(self.plan.repo, parent, self.id, map).unwrap_or_else(|error| {
+            self.progress.notice(&format!("what the detector found is not kept for later backups: {error}"));
+            0
         })
     }
 

@@ -16,7 +16,7 @@ use super::salvage::Salvage;
 use super::summaries::ServerSummaries;
 use super::wal::{self, WalRange};
 use super::{Options, Report};
-use crate::detect::{ChangeMap, Detection, Detector};
+use crate::detect::{ChangeMap, Detection, Detector, DetectorChoice, HeldSegments, WalFiles};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{BackupLabel, ClusterState, ControlFile, Lsn, RelationFile, TimelineId};
 use crate::progress::{Phase, Progress};
@@ -131,13 +131,14 @@ impl<'r, 'p> Run<'r, 'p> {
     }
 
     pub(super) fn execute(mut self, begun: Instant) -> Result<Attempt> {
+        let held = self.hold_log()?;
         let start = self.start()?;
         self.progress.begin(Phase::Listing, 0);
         let listing = self.plan.source.data_dir().list()?;
         for notice in &listing.notices {
             self.progress.notice(notice);
         }
-        self.detect(start, &listing)?;
+        self.detect(start, &listing, &held)?;
         let judge = self.judge(start);
         let map = packer(&self.plan, self.id, PackKind::Map);
         let mut table = Table::new(&map, self.plan.parent.as_ref());
@@ -169,6 +170,18 @@ impl<'r, 'p> Run<'r, 'p> {
         self.commit(found, map, begun).map(|report| Attempt::Done(Box::new(report)))
     }
 
+    /// Opens the log since the parent: the checkpoint of the backup's start may remove some of it.
+    fn hold_log(&self) -> Result<HeldSegments> {
+        let (Some(parent), Source::Live { data_dir, .. }) = (&self.plan.parent, &self.plan.source) else {
+            return Ok(HeldSegments::default());
+        };
+        if self.plan.options.detector == DetectorChoice::Scan {
+            return Ok(HeldSegments::default());
+        }
+        let files = WalFiles::list(&[&data_dir.path().join("pg_wal")], self.plan.control.wal_segment_size)?;
+        Ok(files.hold(parent.start_lsn))
+    }
+
     /// Begins the backup on the server; `None` for a stopped cluster.
     fn start(&mut self) -> Result<Option<Lsn>> {
         let Source::Live { session, .. } = &mut self.plan.source else { return Ok(None) };
@@ -181,7 +194,7 @@ impl<'r, 'p> Run<'r, 'p> {
     }
 
     /// Asks a detector what may have changed since the parent.
-    fn detect(&mut self, start: Option<Lsn>, listing: &Listing) -> Result<()> {
+    fn detect(&mut self, start: Option<Lsn>, listing: &Listing, held: &HeldSegments) -> Result<()> {
         let plan = &self.plan;
         let Some(parent) = &plan.parent else { return Ok(()) };
         let data_dir = plan.source.data_dir();
@@ -200,6 +213,7 @@ impl<'r, 'p> Run<'r, 'p> {
             data_dir,
             session,
             wal_archive: plan.options.wal_archive.as_deref(),
+            held,
             start,
             timeline,
             cluster_bytes: listing.entries.file_bytes(),

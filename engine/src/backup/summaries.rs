@@ -1,7 +1,8 @@
 //! The summaries that the running server writes, and the mark that a backup takes from them.
 //!
 //! Summaries are trusted only if the server that runs now wrote them: a directory that was put back to an older copy may still hold those of
-//! the future that was given up, and a server that starts on it takes them for its own. So those that are older than its start are left out.
+//! the future that was given up, and a server that starts on it takes them for its own. So those that are older than its start are left out, or look newer than
+//! now; and while there is one of WAL that the server has not written yet, none is trusted, and none taken for a mark.
 //!
 //! The [`HistoryMark`] of a backup is the server's start time and one file: the summary that ends where the backup starts. `pg_backup_start` makes a
 //! checkpoint, and each checkpoint ends a summary. A copy of the cluster that branched off before has no such file, or wrote its own, at another time; a
@@ -29,6 +30,10 @@ use crate::source::{DataDir, Session};
 
 /// How long the server's summarizer may take without getting anywhere.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// The same for a mark, without which the next backup does, too.
+const PATIENCE_FOR_A_MARK: Duration = Duration::from_secs(5);
+/// How long it is waited for in all.
+const MOST_PATIENCE: Duration = Duration::from_secs(300);
 /// How often it is looked at.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -48,24 +53,23 @@ impl<'a> ServerSummaries<'a> {
 
     /// Waits until there is one of what comes right before `end`, while the summarizer gets on; gives all that the server wrote since its start.
     pub fn up_to(&self, timeline: TimelineId, end: Lsn) -> std::result::Result<Summaries, Why> {
-        let last = WalRange { timeline, start: Lsn::new(end.as_u64().saturating_sub(1)), end };
+        self.wait_for(timeline, end, PATIENCE)
+    }
+
+    fn wait_for(&self, timeline: TimelineId, end: Lsn, patience: Duration) -> std::result::Result<Summaries, Why> {
+        let begun = Instant::now();
         let mut reached = None;
-        let mut deadline = Instant::now() + PATIENCE;
+        let mut deadline = begun + patience;
         let mut told_so = false;
         loop {
-            let summaries = self.list().map_err(|error| error.to_string())?;
-            if summaries.check(&[last]) == CoverageCheck::Covered {
+            if let Some(summaries) = self.look(timeline, end)? {
                 return Ok(summaries);
             }
-            if !self.session.summarizes_wal().map_err(|error| error.to_string())? {
-                let hint = "summarize_wal is off: with it on, only what changed is read";
-                return Err(format!("there is no WAL summary up to {end} ({hint})"));
+            let ends = self.reached(timeline, end)?;
+            if ends > reached {
+                (reached, deadline) = (ends, Instant::now() + patience);
             }
-            let ends = summaries.coverage().ranges().map(|range| range.end).max();
-            if ends != reached {
-                (reached, deadline) = (ends, Instant::now() + PATIENCE);
-            }
-            if Instant::now() >= deadline {
+            if Instant::now() >= deadline.min(begun + MOST_PATIENCE) {
                 let got = ends.map_or_else(|| "nothing".to_owned(), |end| format!("WAL up to {end} only"));
                 return Err(format!("the server summarized {got} since its start, and gets no further"));
             }
@@ -74,6 +78,41 @@ impl<'a> ServerSummaries<'a> {
             }
             std::thread::sleep(PAUSE);
         }
+    }
+
+    /// What the server wrote since its start, if it reaches to `end`; an error if it never will.
+    fn look(&self, timeline: TimelineId, end: Lsn) -> std::result::Result<Option<Summaries>, Why> {
+        let last = [WalRange { timeline, start: Lsn::new(end.as_u64().saturating_sub(1)), end }];
+        let all = Summaries::list(&self.directory).map_err(told)?;
+        let summaries = self.list().map_err(told)?;
+        // Asked after the listing, so that what is beyond it was not written by this server.
+        let written = self.session.current_lsn().map_err(told)?;
+        let beyond = all.coverage().ranges().filter(|range| range.timeline == timeline).map(|range| range.end).max();
+        if let Some(beyond) = beyond.filter(|beyond| *beyond > written) {
+            return Err(format!(
+                "there is a WAL summary up to {beyond}, of WAL that the server has not written: of another past"
+            ));
+        }
+        if summaries.check(&last) == CoverageCheck::Covered {
+            return Ok(Some(summaries));
+        }
+        if !self.session.summarizes_wal().map_err(told)? {
+            let hint = "summarize_wal is off: with it on, only what changed is read";
+            return Err(format!("there is no WAL summary up to {end} ({hint})"));
+        }
+        if beyond.is_some_and(|beyond| beyond >= end) {
+            return Err(format!(
+                "there is no WAL summary up to {end} that the server wrote since its start, and none to come"
+            ));
+        }
+        Ok(None)
+    }
+
+    /// How far the summarizer has come on the way to `end`.
+    fn reached(&self, timeline: TimelineId, end: Lsn) -> std::result::Result<Option<Lsn>, Why> {
+        let coverage = self.list().map_err(told)?.coverage();
+        let on_the_way = coverage.ranges().filter(|range| range.timeline <= timeline && range.end < end);
+        Ok(on_the_way.map(|range| range.end).max())
     }
 
     /// Those that there are, of what the server wrote since its start.
@@ -89,7 +128,7 @@ impl<'a> ServerSummaries<'a> {
     /// # Errors
     /// When the file cannot be examined.
     pub fn mark(&self, timeline: TimelineId, start: Lsn) -> Result<Option<HistoryMark>> {
-        let Ok(summaries) = self.up_to(timeline, start) else { return Ok(None) };
+        let Ok(summaries) = self.wait_for(timeline, start, PATIENCE_FOR_A_MARK) else { return Ok(None) };
         let Some(range) = summaries.ending_at(timeline, start) else { return Ok(None) };
         let mark = self.mark_of(&wal_summary_name(range))?;
         Ok(mark.filter(|mark| mark.modified.subsec_nanosecond() != 0 || mark.changed.subsec_nanosecond() != 0))
@@ -127,6 +166,10 @@ impl<'a> ServerSummaries<'a> {
             changed: timestamp(changed, &path)?,
         }))
     }
+}
+
+fn told(error: Error) -> Why {
+    error.to_string()
 }
 
 fn timestamp((second, nanosecond): (i64, i64), path: &Path) -> Result<Timestamp> {

@@ -11,7 +11,7 @@ use super::repository::{Stored, usual_gap};
 use super::server::Live;
 use super::{Area, Options, Sheet, Verdict};
 use crate::backup::{Forecast, Question, SWITCH_ON_SUMMARIES, must_be_the_same_cluster};
-use crate::detect::{Detector, WalFiles};
+use crate::detect::{Detector, HeldSegments, WalFiles};
 use crate::error::Result;
 use crate::repo::{BackupSummary, Manifest};
 use crate::units::{count, duration, size};
@@ -100,6 +100,7 @@ fn outlook(stored: &Stored, live: &Live, parent: &Manifest, options: &Options) -
         data_dir: &live.data_dir,
         session: Some(session),
         wal_archive: options.wal_archive.as_deref(),
+        held: &HeldSegments::default(),
         start: session.current_lsn()?,
         timeline: session.current_timeline()?,
         cluster_bytes: live.bytes.map_or(parent.cluster_bytes, |bytes| bytes.cluster),

@@ -21,7 +21,7 @@ use std::str::FromStr;
 pub(crate) use change_map::sealed_changes;
 pub use change_map::{BlockRun, ChangeMap, FileLength};
 pub use coverage::{Coverage, CoverageCheck};
-pub use segments::WalFiles;
+pub use segments::{HeldSegments, WalFiles};
 pub use summary::Summaries;
 pub use wal::WalChanges;
 

@@ -8,6 +8,9 @@
 //! [`WalFiles::walk`] gives the records of a range one by one. Which timeline's file is read for a segment says the history: the
 //! youngest that has begun when the segment ends. Each file is opened once and read once, from its front to its back.
 //!
+//! A backup opens the segments that it may need before it begins, as its own checkpoint lets the server remove them: [`WalFiles::hold`]. What is renamed
+//! and written again meanwhile is other WAL, and found to be so.
+//!
 //! What goes wrong: a segment that is not there, [`WalFiles::first_missing`] says so before anything is read; one that is removed after
 //! it was listed, an error that names it; one that is recycled while it is read, or damaged, or of another cluster or timeline, which the
 //! [`WalWalker`] finds; one that decompresses to more or less than a segment. A partial file may be short, if what is needed is in it.
@@ -16,6 +19,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufReader, ErrorKind::NotFound, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{
@@ -42,7 +46,16 @@ pub struct WalFiles {
 struct SegmentFile {
     path: PathBuf,
     is_partial: bool,
+    /// Open since before it was removed.
+    held: Option<Arc<File>>,
 }
+
+/// Segments that were opened in time: a checkpoint, that of a backup's start for one, removes or renames them.
+#[derive(Clone, Debug, Default)]
+pub struct HeldSegments(Vec<(WalSegmentName, PathBuf, Arc<File>)>);
+
+/// Files that are held open at once, at most: 4 GiB of WAL.
+const MAX_HELD: usize = 256;
 
 impl WalFiles {
     /// Lists `directories`, the one to be preferred first.
@@ -64,11 +77,35 @@ impl WalFiles {
     fn add(&mut self, path: &Path) {
         let Some(name) = path.file_name().map(|name| name.as_encoded_bytes()) else { return };
         if let Some((name, is_partial)) = segment_file_name(name, self.size) {
-            let file = SegmentFile { path: path.to_owned(), is_partial };
+            let file = SegmentFile { path: path.to_owned(), is_partial, held: None };
             self.segments.entry(name).or_default().push(file);
         } else if let Some(timeline) = parse_history_file_name(without_compression(name)) {
             self.histories.entry(timeline).or_insert_with(|| path.to_owned());
         }
+    }
+
+    /// Opens the segments of plain files from the one of `start` on, the oldest first, but no more than a process may have open.
+    pub fn hold(&self, start: Lsn) -> HeldSegments {
+        let first = self.size.segment_of(start);
+        let mut wanted: Vec<_> = self.segments.iter().filter(|(name, _)| name.segment >= first).collect();
+        wanted.sort_unstable_by_key(|(name, _)| name.segment);
+        let held = wanted.into_iter().take(MAX_HELD).filter_map(|(name, files)| {
+            let file = files.iter().find(|file| !file.is_partial)?;
+            // One that is gone by now is not held.
+            Some((*name, file.path.clone(), Arc::new(File::open(&file.path).ok()?)))
+        });
+        HeldSegments(held.collect())
+    }
+
+    /// The same files, and those held that are not among them any more.
+    pub fn with(mut self, held: &HeldSegments) -> WalFiles {
+        for (name, path, file) in &held.0 {
+            let held = Some(Arc::clone(file));
+            let again = SegmentFile { path: path.clone(), is_partial: false, held };
+            self.segments.entry(*name).or_default().push(again);
+        }
+        self.segments.values_mut().for_each(|found| found.sort_by_key(|file| file.is_partial));
+        self
     }
 
     /// The history of `timeline`; one without a file has no ancestors.
@@ -156,7 +193,11 @@ impl WalFiles {
 
     fn open(&self, name: WalSegmentName) -> Result<OpenSegment> {
         for file in self.segments.get(&name).into_iter().flatten() {
-            match File::open(&file.path) {
+            let opened = match &file.held {
+                Some(held) => held.try_clone(),
+                None => File::open(&file.path),
+            };
+            match opened {
                 Ok(opened) => return OpenSegment::new(name, self.size, file, opened),
                 Err(error) if error.kind() == NotFound => {}
                 Err(error) => return Err(Error::io("open", &file.path, error)),
@@ -209,6 +250,7 @@ impl Input {
     /// Looks at the first bytes of a file.
     fn new(mut file: File) -> io::Result<Input> {
         let mut magic = Vec::new();
+        file.rewind()?;
         file.by_ref().take(4).read_to_end(&mut magic)?;
         file.rewind()?;
         Ok(match magic.as_slice() {

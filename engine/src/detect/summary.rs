@@ -12,10 +12,11 @@
 //! the ranges, or another one is gone, that is an error, and so is a file that does not fit its checksum.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io::{ErrorKind::NotFound, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use super::{ChangeMap, Coverage, CoverageCheck};
 use crate::error::{Error, ErrorKind, Result};
@@ -48,7 +49,7 @@ impl Summaries {
         Self::list_some(directory, None)
     }
 
-    /// Lists those that were written at or after `since`.
+    /// Lists those that were written at or after `since`, by both of their times, and not in the future, as a clock that was set back makes it look.
     ///
     /// # Errors
     /// When the directory cannot be listed.
@@ -65,9 +66,9 @@ impl Summaries {
                     let entry = entry.map_err(fail)?;
                     let range = parse_wal_summary_name(entry.file_name().as_encoded_bytes());
                     // One that is gone meanwhile is none.
-                    let written = || entry.metadata().and_then(|found| found.modified()).ok();
-                    let is_wanted = since.is_none_or(|since| written().is_some_and(|written| written >= since));
-                    listed.extend(range.filter(|_| is_wanted));
+                    let is_wanted =
+                        || since.is_none_or(|since| entry.metadata().is_ok_and(|of| was_written(&of, since)));
+                    listed.extend(range.filter(|_| is_wanted()));
                 }
             }
             Err(error) if error.kind() == NotFound => {}
@@ -142,6 +143,14 @@ impl Summaries {
         }
         Ok(None)
     }
+}
+
+fn was_written(file: &Metadata, since: SystemTime) -> bool {
+    let changed = u64::try_from(file.ctime()).ok().zip(u32::try_from(file.ctime_nsec()).ok());
+    let changed = changed.map(|(seconds, nanoseconds)| SystemTime::UNIX_EPOCH + Duration::new(seconds, nanoseconds));
+    let times = file.modified().ok().zip(changed);
+    times
+        .is_some_and(|(modified, changed)| modified.min(changed) >= since && modified.max(changed) <= SystemTime::now())
 }
 
 fn read_file(mut file: File, path: &Path, map: &mut ChangeMap) -> Result<()> {

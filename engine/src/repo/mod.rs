@@ -486,10 +486,14 @@ impl Repository {
         cluster: &ClusterName,
         backup: BackupId,
         parent: BackupId,
+        max_len: u64,
         encode: impl FnOnce(&str) -> Result<Vec<u8>>,
     ) -> Result<u64> {
         let object = names::changes_between(cluster, backup, parent)?;
         let bytes = encode(object.as_str())?;
+        if bytes.len() as u64 > max_len {
+            return Ok(0);
+        }
         self.store.put_new(&object, &mut bytes.as_slice())?;
         Ok(bytes.len() as u64)
     }

@@ -7,7 +7,7 @@
 //!
 //! A backup begins with a checkpoint, and summaries end at checkpoints. So what they must reach by now is the last one, not the end of the log.
 
-use super::{Line, Question, Why, scan, told};
+use super::{Line, NO_SUMMARIES, Question, Why, scan, told};
 use crate::backup::summaries::ServerSummaries;
 use crate::detect::{CoverageCheck, Detection, Detector};
 use crate::pg::WalSegmentName;
@@ -42,9 +42,9 @@ impl Question<'_> {
         };
         let proof = self.prove(&line).map(drop);
         let missing = self.first_missing(&line);
-        let log = || self.expect_log(log_len, &proof, &missing);
-        let found = self.expect_summaries(&line, &log);
-        let found = found.or_else(|first| match log() {
+        let found = self.expect_summaries(&line);
+        let found = found.or_else(|first| match self.expect_log(log_len, &proof, &missing) {
+            Err(second) if first.is_empty() => Err(second),
             Err(second) if !first.contains(&second) => Err(format!("{first}; {second}")),
             found => found,
         });
@@ -54,10 +54,10 @@ impl Question<'_> {
         Forecast { detection, log_len, is_of_this_past: true, has_proof: proof.is_ok(), missing }
     }
 
-    /// Whether the server's summaries cover what they can by now; where those of before its start are needed, the log must do instead.
-    fn expect_summaries(&self, line: &Line, log: &dyn Fn() -> Found<Detection>) -> Found<Detection> {
+    /// Whether the server's summaries cover what they can by now.
+    fn expect_summaries(&self, line: &Line) -> Found<Detection> {
         if self.control.major_version().as_u32() < 17 {
-            return Err("this server writes no WAL summaries".to_owned());
+            return Err(NO_SUMMARIES.to_owned());
         }
         let session = self.session.ok_or("there is no server to write WAL summaries")?;
         if !session.summarizes_wal().map_err(told)? {
@@ -68,13 +68,7 @@ impl Question<'_> {
         let (from, to) = (self.parent.start_lsn, self.control.redo.max(self.parent.start_lsn));
         let needed = line.history.wal_ranges(self.parent.start_timeline, from, to).map_err(told)?;
         let told = |reason: String| Detection { detector: Detector::Summary, reason };
-        let Some(mark) = &self.parent.history_mark else {
-            return log().map(|_| told("WAL covers what summaries do not".to_owned()));
-        };
-        if let Err(why) = server.has(mark) {
-            let covered = log().map(|_| told("WAL covers what summaries do not".to_owned()));
-            return covered.map_err(|other| format!("{why}; {other}"));
-        }
+        server.has(self.parent.history_mark.as_ref().ok_or("the parent was taken without WAL summaries")?)?;
         match summaries.check(&needed) {
             CoverageCheck::Covered => Ok(told(format!("WAL summaries cover {from} to {to}"))),
             CoverageCheck::MissingFrom(missing) => {

@@ -17,12 +17,12 @@ use crate::repo::{BackupId, BackupSummary, KeptChanges, Manifest, Repository};
 /// Bytes of a map at most, as it is stored.
 const MAX_MAP_LEN: u64 = 256 << 20;
 
-/// Keeps what changed since the parent; says how many bytes that takes.
+/// Keeps what changed since the parent; says how many bytes that takes. A map that no reader would take is not kept.
 ///
 /// # Errors
 /// What the store says.
 pub(in crate::backup) fn keep(repo: &Repository, parent: &Manifest, backup: BackupId, map: &ChangeMap) -> Result<u64> {
-    repo.keep_changes(&parent.cluster, backup, parent.id, |name| map.encode(name))
+    repo.keep_changes(&parent.cluster, backup, parent.id, MAX_MAP_LEN, |name| map.encode(name))
 }
 
 impl Question<'_> {

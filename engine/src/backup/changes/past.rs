@@ -10,8 +10,7 @@
 //!
 //! An archive is a third place, and must agree with `pg_wal` where both have the same.
 
-use super::{Line, Question, Why, must_be_worth_it, told};
-use crate::backup::summaries::ServerSummaries;
+use super::{Line, Question, Why, told};
 use crate::chunk::Fingerprint;
 use crate::detect::{ChangeMap, WalFiles};
 use crate::error::{Error, Result};
@@ -19,21 +18,8 @@ use crate::pg::{WalSegmentName, WalSegmentNumber, WalStep, WalWalker, is_zero};
 use crate::repo::{Depth, FileContents, FileEntry};
 
 impl Question<'_> {
-    /// Whether the parent's mark is there still; gives what the parent's own log changed.
-    pub(super) fn has_the_mark(
-        &self,
-        server: &ServerSummaries<'_>,
-        line: &Line,
-        max_len: Option<u64>,
-    ) -> std::result::Result<ChangeMap, Why> {
-        let mark = self.parent.history_mark.as_ref();
-        server.has(mark.ok_or("the parent was taken without WAL summaries")?)?;
-        must_be_worth_it(self.parent.wal_bytes, max_len)?;
-        self.changes_of_the_parent(line).map_err(told)
-    }
-
     /// What the log changed that the parent has stored, from its start to its stop.
-    fn changes_of_the_parent(&self, line: &Line) -> Result<ChangeMap> {
+    pub(super) fn changes_of_the_parent(&self, line: &Line) -> Result<ChangeMap> {
         let (parent, size) = (self.parent, self.control.wal_segment_size);
         let ranges = line.history.wal_ranges(parent.start_timeline, parent.start_lsn, parent.stop_lsn)?;
         let stored = self.repo.wal_files(parent)?;
