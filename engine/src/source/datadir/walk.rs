@@ -148,7 +148,7 @@ impl<'a> Walk<'a> {
                 // Below it what is ours, and nothing else.
                 let version_dir = self.data_dir.tablespace_version_dir.clone().into_bytes();
                 let mut ancestors = vec![self.data_dir.identity, identity];
-                let ours = self.child(&root, &join(&relative, &version_dir), &version_dir, &mut ancestors)?;
+                let ours = self.child(&root, &join(&relative, &version_dir), &version_dir, &ancestors)?;
                 ours.map_or(Ok(()), |ours| self.contents(&root, &relative, &version_dir, ours, &mut ancestors))
             }
         }
