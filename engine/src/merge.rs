@@ -129,7 +129,9 @@ pub fn plan(repo: &Repository, options: &Options) -> Result<Plan> {
             let len = |layer: &LayerPlace| u64::from(layer.locations_len) + u64::from(layer.fingerprints_len);
             plan.flattened += u64::from(!flattened.is_empty());
             plan.flattened_bytes += flattened.iter().map(len).sum::<u64>();
-            parts.push(part);
+            if options.repack {
+                parts.push(part);
+            }
         }
     }
     if options.repack {

@@ -519,19 +519,28 @@ impl<'r, 'a> Worker<'r, 'a> {
     }
 
     fn run(&mut self, fed: &Receiver<Slice>, hurried: &Receiver<()>) -> Result<()> {
+        while let Some(slice) = self.next(fed, hurried)? {
+            if self.run.failed.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            (self.run.copier.health)()?;
+            self.copy(&slice)?;
+            if self.run.order.is_crowded() {
+                self.flush()?;
+            }
+        }
+        self.flush()
+    }
+
+    /// The next slice; while there is none, finishes what is held back when told to.
+    fn next(&mut self, fed: &Receiver<Slice>, hurried: &Receiver<()>) -> Result<Option<Slice>> {
+        // Most of the time there is one, and to wait for two channels costs more than to look at one.
+        if let Ok(slice) = fed.try_recv() {
+            return Ok(Some(slice));
+        }
         loop {
             select! {
-                recv(fed) -> slice => match slice {
-                    Ok(slice) if !self.run.failed.load(Ordering::Relaxed) => {
-                        (self.run.copier.health)()?;
-                        self.copy(&slice)?;
-                        if self.run.order.is_crowded() {
-                            self.flush()?;
-                        }
-                    }
-                    Ok(_) => return Ok(()),
-                    Err(_) => return self.flush(),
-                },
+                recv(fed) -> slice => return Ok(slice.ok()),
                 recv(hurried) -> _ => self.flush()?,
             }
         }

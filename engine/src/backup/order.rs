@@ -13,8 +13,8 @@ use super::copy::lock;
 use crate::error::Result;
 use crate::repo::FileEntry;
 
-/// Finished files that wait for one that is not, at most but for those in work.
-pub(super) const WINDOW: usize = 1 << 14;
+/// Finished files that wait for one that is not, at most but for those in work. Few in tests, so that those of whole backups come to the bound, too.
+pub(super) const WINDOW: usize = if cfg!(test) { 4 } else { 1 << 14 };
 
 /// Takes finished files in the order of their numbers.
 pub(super) type Take<'a> = dyn FnMut(FileEntry) -> Result<()> + Send + 'a;

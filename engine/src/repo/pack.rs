@@ -38,6 +38,10 @@ const VERSION: u16 = 1;
 const PACK_LEN: u64 = 128 << 20;
 /// Chunks after which a pack is full: a gigabyte of blocks, however well they compress. Who reads packs has memory for all blocks of a few.
 const PACK_CHUNKS: u64 = 4096;
+/// Metadata records after which a pack is full: small files have small ones, and whoever writes a pack has its table in memory.
+const PACK_RECORDS: u64 = 1 << 19;
+/// Metadata records from so many bytes on are hashed before the lock is taken.
+const LARGE_LEN: usize = 16 << 10;
 /// Packs that are being written or made durable at once, for each kind.
 const PACKS_IN_FLIGHT: usize = 3;
 /// Bytes that are handed to a pack's thread at once: small chunks are not worth a wake-up each.
@@ -214,16 +218,25 @@ impl Packer {
     /// # Errors
     /// What the store says; `Bug` if there are no records.
     pub fn append_checked(&self, bodies: Vec<Vec<u8>>) -> Result<Place> {
-        let mut state = self.lock();
-        self.make_room(&mut state)?;
-        let mut first = None;
-        for mut body in bodies {
-            let check = state.open.as_ref().map(|pack| record_check(&pack.object, pack.offset, &body));
-            body.extend_from_slice(&check.unwrap_or_default());
-            let place = state.append(&body, hash16(&body))?;
-            first.get_or_insert(place);
+        if bodies.iter().map(Vec::len).sum::<usize>() < LARGE_LEN {
+            let mut state = self.lock();
+            let next = self.next_place(&mut state)?;
+            return state.append_all(&Checked::at(next, bodies));
         }
-        first.ok_or_else(|| Error::bug("no records to append"))
+        // Its place is part of a record's checksum. It is guessed, and nearly always right.
+        let guess = self.next_place(&mut self.lock())?;
+        let records = Checked::at(guess, bodies);
+        let mut state = self.lock();
+        let next = self.next_place(&mut state)?;
+        let records = if records.next == next { records } else { Checked::at(next, records.into_bodies()) };
+        state.append_all(&records)
+    }
+
+    /// Where the next record goes.
+    fn next_place(&self, state: &mut State) -> Result<(ObjectName, u64)> {
+        self.make_room(state)?;
+        let pack = state.open.as_ref().ok_or_else(|| Error::bug("no open pack"))?;
+        Ok((pack.object.clone(), pack.offset))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -233,8 +246,7 @@ impl Packer {
     /// Sees to it that a pack with room is open.
     fn make_room(&self, state: &mut State) -> Result<()> {
         // The records that go together once there is room are few.
-        let max_count =
-            if self.kind == PackKind::Data { PACK_CHUNKS } else { MAX_TABLE_LEN / 2 / TABLE_ENTRY_LEN as u64 };
+        let max_count = if self.kind == PackKind::Data { PACK_CHUNKS } else { PACK_RECORDS };
         let is_full = |pack: &OpenPack| pack.offset >= self.pack_len || u64::from(pack.count) >= max_count;
         if state.open.as_ref().is_some_and(is_full) {
             state.close_pack()?;
@@ -315,7 +327,46 @@ impl Drop for Packer {
     }
 }
 
+/// Metadata records with their checksums, ready for a place.
+struct Checked {
+    /// The object, and the offset of the first record in it.
+    next: (ObjectName, u64),
+    /// With the `H16` of each for the pack's table.
+    records: Vec<(Vec<u8>, [u8; 16])>,
+}
+
+impl Checked {
+    fn at(next: (ObjectName, u64), bodies: Vec<Vec<u8>>) -> Self {
+        let (object, mut offset) = (&next.0, next.1);
+        let check = |mut body: Vec<u8>| {
+            body.extend_from_slice(&record_check(object, offset, &body));
+            offset += body.len() as u64;
+            let hash = hash16(&body);
+            (body, hash)
+        };
+        let records = bodies.into_iter().map(check).collect();
+        Self { next, records }
+    }
+
+    fn into_bodies(self) -> Vec<Vec<u8>> {
+        let body = |(mut record, _): (Vec<u8>, [u8; 16])| {
+            record.truncate(record.len() - RECORD_CHECK_LEN);
+            record
+        };
+        self.records.into_iter().map(body).collect()
+    }
+}
+
 impl State {
+    fn append_all(&mut self, checked: &Checked) -> Result<Place> {
+        let mut first = None;
+        for (record, hash) in &checked.records {
+            let place = self.append(record, *hash)?;
+            first.get_or_insert(place);
+        }
+        first.ok_or_else(|| Error::bug("no records to append"))
+    }
+
     fn append(&mut self, record: &[u8], hash: [u8; 16]) -> Result<Place> {
         let Some(pack) = &mut self.open else { return Err(Error::bug("no open pack")) };
         let place = Place { pack: pack.name, offset: pack.offset };
@@ -712,6 +763,32 @@ mod tests {
         assert_eq!(read_record(&store, &object, second.offset, 22).unwrap(), b"second");
         assert_eq!(read_record(&store, &object, second.offset, 21).unwrap_err().kind(), ErrorKind::Corrupt);
         assert_eq!(read_record(&store, &object, second.offset, 3).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+
+    #[test]
+    fn metadata_records_of_all_lengths_from_several_threads_are_proved_where_they_are() {
+        let store = MemoryStore::new();
+        let packer =
+            Packer::new(Arc::new(store.clone()), ClusterName::default(), id(), PackKind::Map).with_pack_len(100_000);
+        let bodies = |seed: u8| vec![vec![seed; 100 * usize::from(seed % 3 * 90 + 1)], vec![seed; 7]];
+        let append = |from: u8| -> Vec<(u8, Place)> {
+            (from..from + 40).map(|seed| (seed, packer.append_checked(bodies(seed)).unwrap())).collect()
+        };
+        let append = &append;
+        let places: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = [0, 40, 80, 120].map(|from| scope.spawn(move || append(from))).into();
+            threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(packer.finish().unwrap().len() > 1);
+        for (seed, place) in places {
+            let object = place.pack.object(&ClusterName::default()).unwrap();
+            let mut offset = place.offset;
+            for body in bodies(seed) {
+                let len = (body.len() + RECORD_CHECK_LEN) as u32;
+                assert_eq!(read_record(&store, &object, offset, len).unwrap(), body);
+                offset += u64::from(len);
+            }
+        }
     }
 
     #[test]
