@@ -49,7 +49,7 @@ pub use self::audit::{AuditReport, Cause, MissedBlock};
 pub(crate) use self::changes::{Forecast, Question};
 pub use self::plan::{Plan, plan};
 use self::plan::{Source, must_be_stopped, open_source};
-pub(crate) use self::plan::{connect, must_be_the_same_cluster, must_belong_together, must_lie_elsewhere};
+pub(crate) use self::plan::{connect, must_be_the_same_cluster, must_belong_together, must_lie_elsewhere, other_names};
 use self::run::{Attempt, Run};
 pub use crate::chunk::Compression;
 pub use crate::detect::DetectorChoice;

@@ -10,7 +10,7 @@ use super::{Options, ParentChoice};
 use crate::detect::{Detection, Detector};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pg::{ClusterState, ControlFile};
-use crate::repo::{BackupType, Catalog, Manifest, Repository};
+use crate::repo::{BackupType, Catalog, ClusterName, Manifest, Repository};
 use crate::source::{DataDir, Environment, Session};
 
 /// What a backup is going to do.
@@ -90,8 +90,28 @@ pub fn plan<'r>(repo: &'r Repository, options: &Options) -> Result<Plan<'r>> {
         repository_damage,
         options: options.clone(),
     };
+    if catalog.backups().is_empty() {
+        plan.notices.extend(other_names(repo, &options.cluster, &plan.control)?.iter().map(other_chain));
+    }
     plan.choose_parent(&catalog)?;
     Ok(plan)
+}
+
+/// The other names under which the repository has backups of this very cluster.
+pub(crate) fn other_names(repo: &Repository, own: &ClusterName, control: &ControlFile) -> Result<Vec<ClusterName>> {
+    let identifier = control.system_identifier.to_string();
+    let is_of_it = |name: &ClusterName| {
+        // One that does not read is told to whoever names it.
+        let catalog = repo.catalog(name).ok();
+        catalog.is_some_and(|catalog| {
+            catalog.backups().last().is_some_and(|newest| newest.system_identifier == identifier)
+        })
+    };
+    Ok(repo.clusters()?.into_iter().filter(|name| name != own && is_of_it(name)).collect())
+}
+
+fn other_chain(name: &ClusterName) -> String {
+    format!("this cluster's backups are under --cluster {name}; this one begins another chain")
 }
 
 pub(crate) fn must_lie_elsewhere(data_dir: &DataDir, repo: &Path) -> Result<()> {

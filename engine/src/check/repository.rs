@@ -35,8 +35,10 @@ impl Stored {
 /// Looks at the repository in a directory.
 pub(super) fn look(path: &Path, options: &Options, sheet: &mut Sheet) -> Option<Stored> {
     let repo = open(path, sheet)?;
-    if sheet.need(AREA, "writable", Lease::probe(&repo, &options.cluster)).is_some() {
-        sheet.ok(AREA, "writable", "it can be written to");
+    match Lease::probe(&repo, &options.cluster) {
+        Ok(()) => sheet.ok(AREA, "writable", "it can be written to"),
+        // It can still be read, and restored from.
+        Err(error) => sheet.error(AREA, "writable", Verdict::Failed, &error),
     }
     locks(&repo, &options.cluster, sheet);
     let catalog = match repo.catalog(&options.cluster) {
