@@ -245,11 +245,12 @@ fn check(
     let bars = Arc::new(Bars::new());
     let meaning = |_| "not everything was checked, so nothing is known; nothing was changed".to_owned();
     let done = interrupt::explained(&bars, meaning, || verify::run(&repository, cluster, backup, options, &*bars))??;
-    out.document(&done, || report::verify(&done, options.quick))?;
-    say_what_other_clusters_there_are(&others);
+    out.document(&done, || report::verify(&done, options.quick) + &report::not_verified(&others))?;
     let damaged = !done.damage.is_empty() || done.backups.iter().any(|backup| !backup.ok);
     if damaged {
-        report::print_error("done, but damage was found", None);
+        let hint = "put what is damaged back from a copy of the repository and verify again; what is `ok` restores, and nothing is built \
+                    upon the rest";
+        report::print_error("done, but damage was found", Some(hint));
     }
     Ok(Exit::done(damaged))
 }

@@ -221,7 +221,7 @@ impl Sheet {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::pg::{Lsn, TimelineId};
     use crate::repo::BackupSummary;

@@ -332,8 +332,15 @@ fn what_would_spare_a_scan_is_said_in_numbers(lab: &Lab) {
     assert_eq!(text(&scanned.json(0), "detector"), "scan");
     let notice = scanned.stderr.contains("note: summarize_wal is off: this backup read ");
     assert_eq!(notice, has_summaries, "{scanned}");
+    let notice = scanned.stderr.contains("note: this backup read ") && scanned.stderr.contains("SET wal_keep_size = '");
+    assert_eq!(notice, !has_summaries, "{scanned}");
+    // By now all WAL since then is there; the next night it would be gone again.
+    let warned = check(lab, &source, 0);
+    assert_eq!(text(&warned, "detector"), "wal");
+    says(&warned, question, "warning", &["the newest backup", "is gone", cure]);
     let asked = lab.pgstrata(lab.backup_args(&source).into_iter().chain(["--detect".into(), "scan".into()]));
-    assert!(!asked.stderr.contains("summarize_wal"), "{asked}");
+    assert!(!asked.stderr.contains("summarize_wal") && !asked.stderr.contains("wal_keep_size"), "{asked}");
+    assert!(check(lab, &source, 0)["checks"].as_array().unwrap().iter().all(|found| found["check"] != "wal"));
     recycle(&source);
     says(&check(lab, &source, 0), question, "warning", &["changed", "of the last scan"]);
 
