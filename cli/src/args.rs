@@ -552,7 +552,7 @@ Every long option can also be set in the environment (--max-rate as PGSTRATA_MAX
 environment over the file.
 
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but damage was found; 4 locked by another run; 5 the repository \
-is damaged, unreadable, or none. Interrupted by a signal, it ends by that signal.";
+is damaged, not to be listed or read, or none. Interrupted by a signal, it ends by that signal.";
 
 const INIT_HELP: &str = "\
 Example:

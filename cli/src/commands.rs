@@ -73,6 +73,12 @@ fn open(repo: &Path) -> Result<Repository, Failure> {
 fn open_with(repo: &Path, cluster: &ClusterName) -> Result<Repository, Failure> {
     let repository = open(repo)?;
     other_clusters(&repository, cluster)?;
+    readable(repository, cluster)
+}
+
+/// The repository, if its directories can be listed and what it says of `cluster` can be read: whoever cannot has as little to work with as where there is none.
+fn readable(repository: Repository, cluster: &ClusterName) -> Result<Repository, Failure> {
+    repository.clusters().and_then(|_| repository.catalog(cluster)).map_err(Failure::opening)?;
     Ok(repository)
 }
 
@@ -110,7 +116,7 @@ fn plan_backup(repo: &Path, init: bool, options: &backup::Options, out: Printer)
             out.plan(&format!("would create a repository in {} and store a full backup in it", repo.display()))
         }
         opened => {
-            let repository = opened.map_err(Failure::opening)?;
+            let repository = readable(opened.map_err(Failure::opening)?, &options.cluster)?;
             let plan = backup::plan(&repository, options)?;
             out.plan(&plan.to_string())
         }
@@ -119,6 +125,7 @@ fn plan_backup(repo: &Path, init: bool, options: &backup::Options, out: Printer)
 
 fn back_up(repo: &Path, init: bool, options: &backup::Options, out: Printer) -> Result<Exit, Failure> {
     let repository = if init { open_or_create(repo, options)? } else { open(repo)? };
+    let repository = readable(repository, &options.cluster)?;
     let bars = Arc::new(Bars::new());
     let meaning = |_| "no backup was made".to_owned();
     let done = interrupt::explained(&bars, meaning, || backup::run(&repository, options, &*bars))??;
@@ -233,16 +240,17 @@ fn check(
     options: &verify::Options,
     out: Printer,
 ) -> Result<Exit, Failure> {
-    let repository = open(repo)?;
+    let repository = readable(open(repo)?, cluster)?;
     let others = other_clusters(&repository, cluster)?;
     let bars = Arc::new(Bars::new());
     let meaning = |_| "not everything was checked, so nothing is known; nothing was changed".to_owned();
     let done = interrupt::explained(&bars, meaning, || verify::run(&repository, cluster, backup, options, &*bars))??;
-    out.document(&done, || report::verify(&done, options.quick))?;
-    say_what_other_clusters_there_are(&others);
+    out.document(&done, || report::verify(&done, options.quick) + &report::not_verified(&others))?;
     let damaged = !done.damage.is_empty() || done.backups.iter().any(|backup| !backup.ok);
     if damaged {
-        report::print_error("done, but damage was found", None);
+        let hint = "put what is damaged back from a copy of the repository and verify again; what is `ok` restores, and nothing is built \
+                    upon the rest";
+        report::print_error("done, but damage was found", Some(hint));
     }
     Ok(Exit::done(damaged))
 }
@@ -281,7 +289,7 @@ fn synthesize(repo: &Path, options: &merge::Options, out: Printer) -> Result<Exi
 
 fn plan_copy(repo: &Path, to: &Path, init: bool, options: &export::Options, out: Printer) -> Result<Exit, Failure> {
     let repository = open_with(repo, &options.cluster)?;
-    match open_other(to, init)? {
+    match open_other(to, init, &options.cluster)? {
         Some(other) => {
             let plan = export::plan(&repository, &other, options)?;
             out.plan(&plan.to_string())
@@ -299,7 +307,7 @@ fn plan_copy(repo: &Path, to: &Path, init: bool, options: &export::Options, out:
 
 fn copy(repo: &Path, to: &Path, init: bool, options: &export::Options, out: Printer) -> Result<Exit, Failure> {
     let repository = open_with(repo, &options.cluster)?;
-    let other = match open_other(to, init)? {
+    let other = match open_other(to, init, &options.cluster)? {
         Some(other) => other,
         None => {
             select(&repository, &options.cluster, &options.backup)?;
@@ -315,9 +323,9 @@ fn copy(repo: &Path, to: &Path, init: bool, options: &export::Options, out: Prin
 }
 
 /// The repository to copy to; none if it is to be made first.
-fn open_other(to: &Path, init: bool) -> Result<Option<Repository>, Failure> {
+fn open_other(to: &Path, init: bool, cluster: &ClusterName) -> Result<Option<Repository>, Failure> {
     match Repository::open(to) {
-        Ok(other) => Ok(Some(other)),
+        Ok(other) => readable(other, cluster).map(Some),
         Err(error) if error.kind() == ErrorKind::Missing && init => Ok(None),
         Err(error) if error.kind() == ErrorKind::Missing => {
             Err(Failure::opening(error.hint("check the path, or create it with --init")))

@@ -7,7 +7,7 @@
 //! | 2 | wrong usage: nothing was tried |
 //! | 3 | done, but damage was found: corrupt pages in the cluster, or a repository that does not verify |
 //! | 4 | another run holds the lock |
-//! | 5 | the repository is damaged, unreadable, or none |
+//! | 5 | the repository is damaged, none, or not to be listed or read by this user |
 //!
 //! `check` ends with 1, not 5, where there is no repository yet: before the first backup that is no damage.
 //!

@@ -27,6 +27,7 @@ mod changes;
 mod commit;
 mod copy;
 mod feed;
+mod habit;
 mod judge;
 mod order;
 mod part;
@@ -47,9 +48,10 @@ use serde::Serialize;
 pub(crate) use self::advice::SWITCH_ON_SUMMARIES;
 pub use self::audit::{AuditReport, Cause, MissedBlock};
 pub(crate) use self::changes::{Forecast, Question};
+pub(crate) use self::habit::{LogHabit, usual_gap};
 pub use self::plan::{Plan, plan};
 use self::plan::{Source, must_be_stopped, open_source};
-pub(crate) use self::plan::{connect, must_be_the_same_cluster, must_belong_together, must_lie_elsewhere};
+pub(crate) use self::plan::{connect, must_be_the_same_cluster, must_belong_together, must_lie_elsewhere, other_names};
 use self::run::{Attempt, Run};
 pub use crate::chunk::Compression;
 pub use crate::detect::DetectorChoice;
@@ -59,6 +61,9 @@ use crate::repo::{BackupSummary, ClusterName, Repository};
 
 /// How often a backup is tried that something in the meantime made void.
 const ATTEMPTS: u32 = 3;
+
+/// What to do where the repository's disk is full.
+const MAKE_ROOM: &str = "the repository's disk is full: make room, or remove old backups with `pgstrata expire`, which works with no byte free";
 
 /// What to compare with.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -128,6 +133,26 @@ pub struct Report {
 /// # Errors
 /// Whatever made it fail; then there is no new backup, and the old ones are untouched.
 pub fn run(repo: &Repository, options: &Options, progress: &dyn Progress) -> Result<Report> {
+    make(repo, options, progress).map_err(|error| match is_full(&error) {
+        true => error.hint(MAKE_ROOM),
+        false => error,
+    })
+}
+
+/// Whether a disk is full; a backup writes to that of the repository alone.
+fn is_full(error: &Error) -> bool {
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        let kind = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        if matches!(kind, Some(std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)) {
+            return true;
+        }
+        source = cause.source();
+    }
+    false
+}
+
+fn make(repo: &Repository, options: &Options, progress: &dyn Progress) -> Result<Report> {
     let begun = Instant::now();
     let mut options = options.clone();
     let mut repository_damage = Vec::new();
@@ -186,5 +211,18 @@ pub fn check(options: &Options, repo: &Path) -> Result<()> {
     match source {
         Source::Live { .. } => Ok(()),
         Source::Offline { data_dir } => must_be_stopped(&data_dir, &control),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_told_from_other_failures() {
+        let of = |kind: std::io::ErrorKind| Error::io("write", Path::new("/backup/pg/x"), kind.into());
+        assert!(is_full(&of(std::io::ErrorKind::StorageFull)) && is_full(&of(std::io::ErrorKind::QuotaExceeded)));
+        assert!(is_full(&Error::invalid("no").because(of(std::io::ErrorKind::StorageFull))));
+        assert!(!is_full(&of(std::io::ErrorKind::PermissionDenied)) && !is_full(&Error::invalid("no")));
     }
 }

@@ -166,7 +166,7 @@ pub fn run(repo: &Path, options: &Options, progress: &dyn Progress) -> Report {
     let mut sheet = Sheet::default();
     let stored = repository::look(repo, options, &mut sheet);
     let live = server::look(options, progress, &mut sheet);
-    both::look(repo, stored.as_ref(), live.as_ref(), &mut sheet);
+    both::look(repo, stored.as_ref(), live.as_ref(), options, &mut sheet);
     if let (Some(stored), Some(live)) = (&stored, &live) {
         next::look(stored, live, options, &mut sheet);
     }
@@ -199,9 +199,9 @@ impl Sheet {
 
     /// The value, or nothing, and an answer that says why.
     fn need<T>(&mut self, area: Area, check: &'static str, result: Result<T>) -> Option<T> {
-        // Damage that a backup meets in the repository ends it with the code of an unreadable one; damage in the cluster does not.
+        // What a backup cannot read of the repository ends it with the code of an unreadable one; what it cannot read of the cluster does not.
         let status = |error: &Error| match (area, error.kind()) {
-            (Area::Repository, ErrorKind::Corrupt) => Verdict::Unreadable,
+            (Area::Repository, ErrorKind::Corrupt | ErrorKind::Unavailable) => Verdict::Unreadable,
             _ => Verdict::Failed,
         };
         result.inspect_err(|error| self.error(area, check, status(error), error)).ok()
@@ -221,7 +221,7 @@ impl Sheet {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::pg::{Lsn, TimelineId};
     use crate::repo::BackupSummary;

@@ -48,7 +48,9 @@ fn answer(finding: &Finding) -> String {
 
 fn conclusion(done: &Report) -> String {
     let of = |wanted: &str| done.checks.iter().filter(|finding| finding.status.word() == wanted).count() as u64;
+    let is_tight = done.checks.iter().any(|finding| finding.check == "space" && finding.status == Verdict::Warning);
     let conclusion = match done.status {
+        Verdict::Ok | Verdict::Warning if is_tight => "a backup would work, if it fits",
         Verdict::Ok | Verdict::Warning => "a backup would work",
         Verdict::Damage => "a backup would work, but THE REPOSITORY IS DAMAGED",
         Verdict::Failed => "A BACKUP WOULD FAIL",
@@ -110,6 +112,16 @@ mod tests {
                 "A BACKUP WOULD FAIL: 1 ok, 1 warning, 1 failed",
             ]
         );
+    }
+
+    #[test]
+    fn where_there_is_little_room_the_verdict_says_so() {
+        let mut told = report();
+        told.checks.pop();
+        told.status = Verdict::Warning;
+        assert!(check(&told).ends_with("\na backup would work, if it fits: 1 ok, 1 warning, 0 failed\n"));
+        told.checks.pop();
+        assert!(check(&told).ends_with("\na backup would work: 1 ok, 0 warnings, 0 failed\n"));
     }
 
     #[test]

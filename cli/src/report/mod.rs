@@ -21,7 +21,7 @@ pub use check::{check, without_secrets};
 pub use expire::expire;
 pub use failure::{Failure, print_error, print_failure, print_line, print_notice};
 pub use list::{details, list, terminal_width};
-pub use operations::{backup, copy, merge, restore, unpack, verify};
+pub use operations::{backup, copy, merge, not_verified, restore, unpack, verify};
 
 use crate::exit_codes::Exit;
 use crate::units::count;

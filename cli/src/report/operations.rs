@@ -162,6 +162,11 @@ pub fn verify(done: &engine::verify::Report, quick: bool) -> String {
     text + &found + "\n"
 }
 
+/// Which clusters a verification has not looked at: in its report only, as nothing is wrong with a job for each of them.
+pub fn not_verified(others: &[String]) -> String {
+    if others.is_empty() { String::new() } else { format!("not looked at (--cluster): {}\n", others.join(", ")) }
+}
+
 #[cfg(test)]
 mod tests {
     use engine::backup;
@@ -328,6 +333,12 @@ mod tests {
                 "DAMAGE FOUND: 1 problem",
             ]
         );
+    }
+
+    #[test]
+    fn other_clusters_are_in_the_report_of_a_verification_and_no_note() {
+        assert_eq!(not_verified(&[]), "");
+        assert_eq!(not_verified(&["crm".to_owned(), "shop".to_owned()]), "not looked at (--cluster): crm, shop\n");
     }
 
     #[test]

@@ -109,6 +109,11 @@ fn a_check_goes_with_a_cluster_from_before_its_first_night(lab: &Lab) {
     let other = check_of(lab, source.data_dir(), &source.conninfo(), &["--cluster", "shop"]).json(0);
     says(&other, "backups", "warning", &["main", "--cluster"]);
     says(&other, "cluster", "warning", &["as main", "--cluster main"]);
+    let other = lab.pgstrata(lab.backup_args(&source).into_iter().chain(["--cluster".into(), "shop".into()]));
+    other.expect(0);
+    assert!(other.stderr.contains("note: this cluster's backups are under --cluster main; this one begins"), "{other}");
+    let goes_on = lab.pgstrata(lab.backup_args(&source));
+    assert!(!goes_on.stderr.contains("another chain"), "{goes_on}");
 }
 
 fn what_a_backup_would_stumble_over_is_said(lab: &Lab) {
@@ -207,6 +212,7 @@ fn a_repository_that_is_not_well_is_told_by_its_exit_code(lab: &Lab) {
     set(0o700);
     says(&read_only, "writable", "failed", &["ermission"]);
     says(&read_only, "backups", "ok", &["3 backups"]);
+    whoever_cannot_list_it_exits_with_five(lab, &source);
 
     // A pack of the newest is gone: the next one is in full.
     let packs = lab.repo().join("clusters/main/packs").join(&ids[2]);
@@ -265,6 +271,35 @@ fn a_repository_that_is_not_well_is_told_by_its_exit_code(lab: &Lab) {
     says(&check(lab, &source, 1), "repository", "failed", &["is not a repository"]);
 }
 
+/// One rule for all commands, whichever directory it is.
+fn whoever_cannot_list_it_exits_with_five(lab: &Lab, source: &Cluster) {
+    let repo = lab.repo().into_os_string().into_string().unwrap();
+    let target = lab.path("target").into_os_string().into_string().unwrap();
+    let commands = [
+        vec!["list"],
+        vec!["info", "latest"],
+        vec!["verify"],
+        vec!["restore", "--target", &target],
+        vec!["merge"],
+        vec!["expire", "--keep-last", "1"],
+        vec!["pin", "latest"],
+        vec!["export", "--to", &target, "--init"],
+    ];
+    for directory in ["", "clusters", "clusters/main", "clusters/main/manifests", "clusters/main/packs"] {
+        let place = lab.repo().join(directory);
+        let close = |mode| fs::set_permissions(&place, fs::Permissions::from_mode(mode)).unwrap();
+        close(0o300);
+        let checked = check_of(lab, source.data_dir(), &source.conninfo(), &[]);
+        let backed_up = lab.pgstrata(lab.backup_args(source));
+        let others: Vec<Run> =
+            commands.iter().map(|words| lab.pgstrata(words.iter().chain(&["--repo", &repo]))).collect();
+        close(0o700);
+        for run in others.iter().chain([&checked, &backed_up]) {
+            assert_eq!(run.code, Some(5), "{directory:?} cannot be listed: {run}");
+        }
+    }
+}
+
 /// Lets the server forget its WAL.
 fn recycle(source: &Cluster) {
     for _ in 0..4 {
@@ -297,8 +332,15 @@ fn what_would_spare_a_scan_is_said_in_numbers(lab: &Lab) {
     assert_eq!(text(&scanned.json(0), "detector"), "scan");
     let notice = scanned.stderr.contains("note: summarize_wal is off: this backup read ");
     assert_eq!(notice, has_summaries, "{scanned}");
+    let notice = scanned.stderr.contains("note: this backup read ") && scanned.stderr.contains("SET wal_keep_size = '");
+    assert_eq!(notice, !has_summaries, "{scanned}");
+    // By now all WAL since then is there; the next night it would be gone again.
+    let warned = check(lab, &source, 0);
+    assert_eq!(text(&warned, "detector"), "wal");
+    says(&warned, question, "warning", &["the newest backup", "is gone", cure]);
     let asked = lab.pgstrata(lab.backup_args(&source).into_iter().chain(["--detect".into(), "scan".into()]));
-    assert!(!asked.stderr.contains("summarize_wal"), "{asked}");
+    assert!(!asked.stderr.contains("summarize_wal") && !asked.stderr.contains("wal_keep_size"), "{asked}");
+    assert!(check(lab, &source, 0)["checks"].as_array().unwrap().iter().all(|found| found["check"] != "wal"));
     recycle(&source);
     says(&check(lab, &source, 0), question, "warning", &["changed", "of the last scan"]);
 

@@ -54,7 +54,15 @@ fn a_wrong_source_is_refused(lab: &Lab) {
     running.refuses(1, &[other.data_dir().to_str().unwrap()]);
     let mut other = other;
     other.stop(StopMode::Immediate).unwrap();
-    lab.backup_offline(other.data_dir()).refuses(1, &[other.data_dir().to_str().unwrap()]);
+    lab.backup_offline(other.data_dir()).refuses(1, &[other.data_dir().to_str().unwrap(), "so that it recovers"]);
+    // Found by its directory alone: what is wrong is said first, and then what was tried.
+    let words = ["backup".into(), "--repo".into(), lab.repo().into(), "-D".into(), other.data_dir().into()];
+    let crashed: Run = lab.pgstrata::<OsString>(words);
+    crashed.refuses(1, &["was not stopped cleanly (pg_control says", "start it, so that it recovers"]);
+    assert!(
+        crashed.stderr.starts_with("error: no server runs on ") && !crashed.stderr.contains("--offline"),
+        "{crashed}"
+    );
     assert!(tree(&lab.repo()) == before, "a refused backup changed the repository");
 
     other.start().unwrap();

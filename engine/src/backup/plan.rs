@@ -9,8 +9,8 @@ use std::path::Path;
 use super::{Options, ParentChoice};
 use crate::detect::{Detection, Detector};
 use crate::error::{Error, ErrorKind, Result};
-use crate::pg::{ClusterState, ControlFile};
-use crate::repo::{BackupType, Catalog, Manifest, Repository};
+use crate::pg::ControlFile;
+use crate::repo::{BackupType, Catalog, ClusterName, Manifest, Repository};
 use crate::source::{DataDir, Environment, Session};
 
 /// What a backup is going to do.
@@ -90,8 +90,28 @@ pub fn plan<'r>(repo: &'r Repository, options: &Options) -> Result<Plan<'r>> {
         repository_damage,
         options: options.clone(),
     };
+    if catalog.backups().is_empty() {
+        plan.notices.extend(other_names(repo, &options.cluster, &plan.control)?.iter().map(other_chain));
+    }
     plan.choose_parent(&catalog)?;
     Ok(plan)
+}
+
+/// The other names under which the repository has backups of this very cluster.
+pub(crate) fn other_names(repo: &Repository, own: &ClusterName, control: &ControlFile) -> Result<Vec<ClusterName>> {
+    let identifier = control.system_identifier.to_string();
+    let is_of_it = |name: &ClusterName| {
+        // One that does not read is told to whoever names it.
+        let catalog = repo.catalog(name).ok();
+        catalog.is_some_and(|catalog| {
+            catalog.backups().last().is_some_and(|newest| newest.system_identifier == identifier)
+        })
+    };
+    Ok(repo.clusters()?.into_iter().filter(|name| name != own && is_of_it(name)).collect())
+}
+
+fn other_chain(name: &ClusterName) -> String {
+    format!("this cluster's backups are under --cluster {name}; this one begins another chain")
 }
 
 pub(crate) fn must_lie_elsewhere(data_dir: &DataDir, repo: &Path) -> Result<()> {
@@ -125,12 +145,24 @@ pub(super) fn open_source(options: &Options) -> Result<Source> {
 pub(crate) fn connect(conninfo: Option<&str>, given: Option<&DataDir>) -> Result<Session> {
     let session = Session::connect(conninfo, given.map(DataDir::path), &Environment::from_process());
     session.map_err(|error| match given {
-        Some(data_dir) if !has_a_server(data_dir) => error.hint(format!(
-            "no server runs on {}: start it, or back it up as it is with --offline",
-            data_dir.path().display(),
-        )),
+        Some(data_dir) if !has_a_server(data_dir) => without_server(error, conninfo.is_none(), data_dir),
         _ => error,
     })
+}
+
+/// What was tried to connect to is of interest only to who said what that is.
+fn without_server(error: Error, is_found_by_directory: bool, data_dir: &DataDir) -> Error {
+    let what = format!("no server runs on {}", data_dir.path().display());
+    let cure = match data_dir.read_control() {
+        Ok((_, control)) if !control.was_stopped_cleanly() => {
+            format!("it was not stopped cleanly (pg_control says {}): start it, so that it recovers", control.state)
+        }
+        _ => "start it, or back it up as it is with --offline".to_owned(),
+    };
+    match is_found_by_directory {
+        true => Error::new(error.kind(), what).because(error.to_string()).hint(cure),
+        false => error.hint(format!("{what}: {cure}")),
+    }
 }
 
 /// A server that runs on another directory would tell us when to read one cluster and how to recover another.
@@ -170,13 +202,11 @@ pub(super) fn must_be_stopped(data_dir: &DataDir, control: &ControlFile) -> Resu
         let what = format!("a server runs on {here}");
         return Err(Error::invalid(what).hint("stop it, or back it up while it runs: without --offline"));
     }
-    match control.state {
-        ClusterState::ShutDown | ClusterState::ShutDownInRecovery => Ok(()),
-        state => {
-            let what = format!("the cluster in {here} was not stopped cleanly: pg_control says {state}");
-            Err(Error::invalid(what).hint("start it and stop it again, then back it up"))
-        }
+    if control.was_stopped_cleanly() {
+        return Ok(());
     }
+    let what = format!("the cluster in {here} was not stopped cleanly: pg_control says {}", control.state);
+    Err(Error::invalid(what).hint("start it, so that it recovers, and back it up while it runs, or stop it again"))
 }
 
 /// A cluster that was started and stopped while it was read is half old, half new, and no WAL repairs it.

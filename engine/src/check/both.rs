@@ -4,15 +4,16 @@ use std::path::Path;
 
 use super::repository::Stored;
 use super::server::{Live, is_beside};
-use super::{Area, Sheet};
-use crate::backup::{must_be_the_same_cluster, must_lie_elsewhere};
+use super::{Area, Options, Sheet};
+use crate::backup::{must_be_the_same_cluster, must_lie_elsewhere, other_names};
+use crate::pg::ControlFile;
 use crate::repo::BackupSummary;
 use crate::units::size;
 
 const AREA: Area = Area::Repository;
 
 /// Looks at what only both can tell.
-pub(super) fn look(repo: &Path, stored: Option<&Stored>, live: Option<&Live>, sheet: &mut Sheet) {
+pub(super) fn look(repo: &Path, stored: Option<&Stored>, live: Option<&Live>, options: &Options, sheet: &mut Sheet) {
     if let Some(live) = live {
         let apart = sheet.need(AREA, "place", must_lie_elsewhere(&live.data_dir, repo)).is_some();
         if apart && stored.is_some() && is_beside(repo, live.data_dir.path()) {
@@ -29,7 +30,7 @@ pub(super) fn look(repo: &Path, stored: Option<&Stored>, live: Option<&Live>, sh
                 sheet.ok(AREA, "cluster", format!("its backups are of this cluster, {identifier}"));
             }
             Some(_) => {}
-            None => other_name(stored, &identifier, sheet),
+            None => other_name(stored, options, &live.control, sheet),
         }
     }
     let bytes = live.and_then(|live| live.bytes).map(|bytes| bytes.cluster);
@@ -40,16 +41,13 @@ pub(super) fn look(repo: &Path, stored: Option<&Stored>, live: Option<&Live>, sh
 }
 
 /// A cluster that has backups under another name would be stored a second time.
-fn other_name(stored: &Stored, identifier: &str, sheet: &mut Sheet) {
-    let Some(names) = sheet.need(AREA, "cluster", stored.repo.clusters()) else { return };
+fn other_name(stored: &Stored, options: &Options, control: &ControlFile, sheet: &mut Sheet) {
+    let Some(names) = sheet.need(AREA, "cluster", other_names(&stored.repo, &options.cluster, control)) else { return };
     for name in names {
-        // One that does not read is told to whoever names it.
-        let Ok(catalog) = stored.repo.catalog(&name) else { continue };
-        if catalog.backups().last().is_some_and(|newest| newest.system_identifier == identifier) {
-            let what = format!("the repository has backups of this very cluster, {identifier}, as {name}");
-            let hint = format!("--cluster {name} goes on with them; with another name all of it is stored once more");
-            sheet.warn(AREA, "cluster", what, hint);
-        }
+        let identifier = control.system_identifier;
+        let what = format!("the repository has backups of this very cluster, {identifier}, as {name}");
+        let hint = format!("--cluster {name} goes on with them; with another name all of it is stored once more");
+        sheet.warn(AREA, "cluster", what, hint);
     }
 }
 

@@ -7,17 +7,16 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::repository::{Stored, usual_gap};
+use super::repository::Stored;
 use super::server::Live;
 use super::{Area, Options, Sheet, Verdict};
-use crate::backup::{Forecast, Question, SWITCH_ON_SUMMARIES, must_be_the_same_cluster};
+use crate::backup::{Forecast, LogHabit, Question, SWITCH_ON_SUMMARIES, must_be_the_same_cluster, usual_gap};
 use crate::detect::{Detector, HeldSegments, WalFiles};
 use crate::error::Result;
 use crate::repo::{BackupSummary, Manifest};
 use crate::units::{count, duration, size};
 
 const AREA: Area = Area::Next;
-const MB: u64 = 1 << 20;
 
 /// Says what the next backup would do, and what would make it cheaper.
 pub(super) fn look(stored: &Stored, live: &Live, options: &Options, sheet: &mut Sheet) {
@@ -78,8 +77,9 @@ fn unfit(stored: &Stored, live: &Live, parent: &Manifest) -> Result<Option<Strin
 /// What the next incremental would do, and what the ones before it did.
 struct Outlook {
     forecast: Forecast,
-    /// What the log grows between two backups, in bytes.
-    log_between: u64,
+    log: LogHabit,
+    /// Why the newest backup read everything, if it did because WAL was gone.
+    was_gone: Option<String>,
     major: u32,
     summarizes: bool,
     /// `wal_keep_size` in MB.
@@ -107,10 +107,10 @@ fn outlook(stored: &Stored, live: &Live, parent: &Manifest, options: &Options) -
         notice: &|_| {},
     };
     let backups = stored.catalog.backups();
-    let forecast = question.forecast();
     Ok(Outlook {
-        log_between: log_between(forecast.log_len, backups),
-        forecast,
+        forecast: question.forecast(),
+        log: LogHabit::of(backups, question.start, Timestamp::now()),
+        was_gone: backups.last().and_then(was_gone),
         major: live.control.major_version().as_u32(),
         summarizes: session.summarizes_wal()?,
         wal_keep_mb: session.setting("wal_keep_size")?.and_then(|text| text.parse().ok()),
@@ -121,13 +121,10 @@ fn outlook(stored: &Stored, live: &Live, parent: &Manifest, options: &Options) -
     })
 }
 
-/// Where the newest backup is older than usual, the log is longer than usual, too.
-fn log_between(log_len: u64, backups: &[BackupSummary]) -> u64 {
-    let age = age(backups).as_secs_f64();
-    match usual_gap(backups).map(|gap| gap.as_secs_f64()) {
-        Some(gap) if gap < age => (log_len as f64 * gap / age) as u64,
-        _ => log_len,
-    }
+/// Why a backup read everything, if WAL or summaries of it were gone.
+fn was_gone(backup: &BackupSummary) -> Option<String> {
+    let scanned = backup.parent.is_some() && backup.detector == Detector::Scan.to_string();
+    (scanned && backup.detector_reason.contains(" is gone (")).then(|| backup.detector_reason.clone())
 }
 
 /// How long ago the newest backup began.
@@ -177,8 +174,9 @@ impl Outlook {
             None => sheet.ok(AREA, "detector", text),
             Some(Advice { check, message, hint }) => {
                 sheet.ok(AREA, "detector", text);
-                // Where the log spares the scan, it does well without, for now.
-                let status = if self.scans() { Verdict::Warning } else { Verdict::Ok };
+                // Where the log spares the scan, and spared the last one, it does well without.
+                let costs = self.scans() || self.was_gone.is_some();
+                let status = if costs { Verdict::Warning } else { Verdict::Ok };
                 sheet.add(AREA, check, status, message, Some(hint));
             }
         }
@@ -195,8 +193,18 @@ impl Outlook {
         }
         let wal_is_gone = self.forecast.missing.is_some() || !self.forecast.has_proof;
         // A server that writes summaries needs the log only once after each start. Without them, all of it would have to be read.
-        let helps = !self.summarizes && self.relation_bytes.is_none_or(|bytes| self.log_between < bytes);
-        (self.scans() && self.forecast.is_of_this_past && wal_is_gone && helps).then(|| self.on_wal())
+        let helps = !self.summarizes && self.relation_bytes.is_none_or(|bytes| self.log.between() < bytes);
+        if !helps || !self.forecast.is_of_this_past {
+            return None;
+        }
+        match &self.was_gone {
+            _ if self.scans() => wal_is_gone.then(|| self.on_wal()),
+            // Right after a backup all WAL since then is there; by the next one it would be gone again, if nothing keeps it by now.
+            Some(why) if !self.has_archive && !self.log.is_kept_by(self.wal_keep_mb) => {
+                Some(self.on_wal_that_was_gone(why))
+            }
+            _ => None,
+        }
     }
 
     fn on_summaries(&self) -> Advice {
@@ -208,8 +216,9 @@ impl Outlook {
                 self.everything()
             ),
         };
+        let last = self.was_gone.as_ref().map(|why| format!(", as the newest backup did: {why}")).unwrap_or_default();
         let message =
-            format!("summarize_wal is off: {reads}{}; with it on, it reads only what changed", self.of_that());
+            format!("summarize_wal is off: {reads}{last}{}; with it on, it reads only what changed", self.of_that());
         Advice { check: "summarize_wal", message, hint: SWITCH_ON_SUMMARIES.to_owned() }
     }
 
@@ -220,19 +229,17 @@ impl Outlook {
             None => format!("the WAL of the newest backup, {log} ago, cannot be compared with what is there now"),
         };
         let message = format!("{gone}: each incremental reads {}{}", self.everything(), self.of_that());
-        let hint = format!("kept until the next backup, it makes that read the WAL instead: {}", self.keep_wal());
-        Advice { check: "wal", message, hint }
+        Advice { check: "wal", message, hint: self.keep_wal() }
     }
 
-    /// How WAL is kept until the next backup: twice what is usually written in between.
+    fn on_wal_that_was_gone(&self, why: &str) -> Advice {
+        let message = format!("the newest backup read {}: {why}{}", self.everything(), self.of_that());
+        Advice { check: "wal", message, hint: self.keep_wal() }
+    }
+
     fn keep_wal(&self) -> String {
-        let wanted = (self.log_between * 2).div_ceil(MB).next_multiple_of(64);
-        let wanted = wanted.max(self.wal_keep_mb.map_or(0, |now| now + 64));
-        let setting = format!("ALTER SYSTEM SET wal_keep_size = '{wanted}MB'; SELECT pg_reload_conf();");
-        match self.has_archive {
-            true => setting,
-            false => format!("{setting} or, where WAL is archived, --wal-archive DIR for `pgstrata backup`"),
-        }
+        let how = self.log.how_to_keep_it(self.wal_keep_mb, self.has_archive);
+        format!("kept until the next backup, it makes that read the WAL instead: {how}")
     }
 
     /// All relation files, and how long reading them takes.
@@ -294,6 +301,7 @@ mod tests {
     use super::*;
     use crate::detect::Detection;
 
+    const MB: u64 = 1 << 20;
     const GIB: u64 = 1 << 30;
 
     /// A cluster of 4 GiB whose last incremental changed 12 MiB and took 8 seconds.
@@ -303,7 +311,8 @@ mod tests {
         let (log_len, has_proof) = (100 * MB, gone.is_none());
         Outlook {
             forecast: Forecast { detection, log_len, is_of_this_past: true, has_proof, missing: gone },
-            log_between: log_len,
+            log: LogHabit { seen: log_len, over: SignedDuration::from_hours(24), gap: None },
+            was_gone: None,
             major,
             summarizes,
             wal_keep_mb: Some(0),
@@ -347,9 +356,10 @@ mod tests {
         let [_, advice] = &told(&outlook(15, false, Detector::Scan))[..] else { panic!("no advice") };
         assert_eq!((advice.check, advice.status), ("wal", Verdict::Warning));
         let hint = advice.hint.as_deref().unwrap();
-        assert!(hint.contains("wal_keep_size = '256MB'") && hint.contains("--wal-archive"), "{hint}");
+        assert!(hint.contains("wal_keep_size = '192MB'") && hint.contains("--wal-archive"), "{hint}");
         let good = outlook(15, false, Detector::Wal);
-        let long = Outlook { log_between: 5 * GIB, ..outlook(15, false, Detector::Scan) };
+        let log = LogHabit { seen: 5 * GIB, ..good.log };
+        let long = Outlook { log, ..outlook(15, false, Detector::Scan) };
         let other = outlook(15, false, Detector::Scan);
         let other = Outlook {
             forecast: Forecast { is_of_this_past: false, ..other.forecast },
@@ -359,6 +369,31 @@ mod tests {
         for outlook in [good, long, other, once] {
             let [only] = &told(&outlook)[..] else { panic!("advice for nothing: {:?}", outlook.forecast) };
             assert_eq!((only.check, only.status), ("detector", Verdict::Ok));
+        }
+    }
+
+    #[test]
+    fn a_backup_that_read_everything_as_wal_was_gone_is_a_warning_until_there_is_a_cure() {
+        let full = backup(0, None);
+        let reason = "the WAL file 0A is gone (if an archive has it, name that with --wal-archive)";
+        let scanned = BackupSummary { detector_reason: reason.to_owned(), ..backup(24, Some(&full)) };
+        let of = |major, summarizes, backup: &BackupSummary| Outlook {
+            was_gone: was_gone(backup),
+            ..outlook(major, summarizes, Detector::Wal)
+        };
+        for (major, check, cure) in [(15, "wal", "wal_keep_size"), (18, "summarize_wal", "summarize_wal = on")] {
+            let [_, advice] = &told(&of(major, false, &scanned))[..] else { panic!("no advice") };
+            assert_eq!((advice.check, advice.status), (check, Verdict::Warning));
+            assert!(
+                advice.message.contains("0A is gone") && advice.hint.as_deref().unwrap().contains(cure),
+                "{advice:?}"
+            );
+        }
+        let asked = BackupSummary { detector_reason: "a scan was asked for".to_owned(), ..scanned.clone() };
+        let cured = Outlook { wal_keep_mb: Some(192), ..of(15, false, &scanned) };
+        let archived = Outlook { has_archive: true, ..of(15, false, &scanned) };
+        for outlook in [of(18, true, &scanned), of(15, false, &asked), cured, archived] {
+            assert_eq!(told(&outlook).len(), 1, "nothing can be done, nobody wants it, or it is done");
         }
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 
 use super::{Area, Options, Sheet, Verdict};
+use crate::backup::usual_gap;
 use crate::error::{ErrorKind, Result};
 use crate::repo::{BackupSummary, Catalog, ClusterName, FORMAT_VERSION, Lease, Repository, leases, unsound_among};
 use crate::units::{count, duration};
@@ -35,8 +36,10 @@ impl Stored {
 /// Looks at the repository in a directory.
 pub(super) fn look(path: &Path, options: &Options, sheet: &mut Sheet) -> Option<Stored> {
     let repo = open(path, sheet)?;
-    if sheet.need(AREA, "writable", Lease::probe(&repo, &options.cluster)).is_some() {
-        sheet.ok(AREA, "writable", "it can be written to");
+    match Lease::probe(&repo, &options.cluster) {
+        Ok(()) => sheet.ok(AREA, "writable", "it can be written to"),
+        // It can still be read, and restored from.
+        Err(error) => sheet.error(AREA, "writable", Verdict::Failed, &error),
     }
     locks(&repo, &options.cluster, sheet);
     let catalog = match repo.catalog(&options.cluster) {
@@ -114,17 +117,6 @@ fn backups(stored: &Stored, cluster: &ClusterName, sheet: &mut Sheet) {
 /// How old the newest backup may be: three times as old as they usually were, and at least a day.
 fn patience(backups: &[BackupSummary]) -> SignedDuration {
     usual_gap(backups).map_or(WEEK, |gap| (gap * 3).max(DAY))
-}
-
-/// The time between two backups, as it was half of the time or more; none if there are fewer than three.
-pub(super) fn usual_gap(backups: &[BackupSummary]) -> Option<SignedDuration> {
-    let mut starts: Vec<Timestamp> = backups.iter().map(|backup| backup.start_time).collect();
-    starts.sort_unstable();
-    // What was merged has the time of what it was merged from.
-    starts.dedup();
-    let mut gaps: Vec<SignedDuration> = starts.windows(2).map(|pair| pair[1].duration_since(pair[0])).collect();
-    gaps.sort_unstable();
-    if gaps.len() < 2 { None } else { gaps.get(gaps.len() / 2).copied() }
 }
 
 /// A name that is mistyped must not look like a cluster without backups.
@@ -209,7 +201,5 @@ mod tests {
         assert_eq!(patience(&at(&[0, 24, 48, 72])), hours(72));
         assert_eq!(patience(&at(&[0, 1, 2, 3])), DAY, "a day may always pass");
         assert_eq!(patience(&at(&[0, 168, 336, 340, 504])), hours(3 * 168), "one more by hand changes nothing");
-        let merged: Vec<_> = at(&[0, 24, 24, 48, 48]);
-        assert_eq!(usual_gap(&merged), Some(hours(24)), "what was merged is no backup of its own time");
     }
 }

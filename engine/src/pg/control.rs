@@ -258,6 +258,11 @@ impl ControlFile {
         format!("PG_{}_{}", self.major_version, self.catalog_version)
     }
 
+    /// Whether the server was shut down, and its files are all that there is to know.
+    pub fn was_stopped_cleanly(&self) -> bool {
+        matches!(self.state, ClusterState::ShutDown | ClusterState::ShutDownInRecovery)
+    }
+
     /// Whether pages carry checksums that must fit.
     pub fn has_data_checksums(&self) -> bool {
         self.data_checksum_version == 1

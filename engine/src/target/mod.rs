@@ -120,7 +120,10 @@ impl Target {
             let free = space.f_bavail.saturating_mul(space.f_frsize);
             if free < bytes + SPARE_BYTES {
                 let (free, needed) = (size(free), size(bytes + SPARE_BYTES));
-                let what = format!("the file system of {} has {free} free, {needed} are needed", place.display());
+                let of_files =
+                    format!("{} for the files and {} for directories and recovery", size(*bytes), size(SPARE_BYTES));
+                let what =
+                    format!("the file system of {} has {free} free, {needed} are needed: {of_files}", place.display());
                 return Err(Error::new(ErrorKind::Unavailable, what).hint("make room, or choose another disk"));
             }
         }
